@@ -1,0 +1,51 @@
+# One environment in .venv, made once; `make` lists what there is.
+
+PYTHON ?= python3
+# More options for pip when it fetches torch, for example an index with builds for the CPU alone:
+#   make venv TORCH_PIP="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_PIP ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv tools check format test demo clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## make .venv and install the package, editable, with everything the tests need
+
+# torch first and alone: while pip weighs a range of versions it may fetch each one's gigabytes.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_PIP) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+tools:
+	@for tool in zstd strace; do command -v $$tool >/dev/null || \
+	{ echo "The tests need the command '$$tool': apt-get install $$tool" >&2; exit 1; }; done
+
+check: $(INSTALLED) ## formatting, lint, types and the architecture of the package
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --quiet tests/unit/test_architecture.py
+
+format: $(INSTALLED) ## put the sources into the form that `make check` asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: tools $(INSTALLED) ## all tests; PYTEST_ARGS="-k name" for some
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+demo: $(INSTALLED) ## kill a training run in the middle, resume it from S3, compare every loss bit for bit
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+clean: ## remove .venv and everything that can be made again
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

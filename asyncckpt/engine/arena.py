@@ -1,0 +1,134 @@
+"""The arena: one memory file that trainer and workers map, holding the bytes of one snapshot.
+
+Its layout is the plan's. A memory file is not bounded by /dev/shm and is one descriptor however many tensors stand in
+it. Pages are touched ahead: a first touch inside a save costs 0.6 to 1.8 s a GB.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_POPULATE_BYTES = 64 * 2**20  # small enough that close() never waits long for a touch
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def has_memory_files() -> bool:
+    """Whether the kernel has memory files, and so the service can be used."""
+    return hasattr(os, "memfd_create")
+
+
+class Arena:
+    """`buffer`: the map, `address`: where it begins, `fd`: the memory file or None (an anonymous map)."""
+
+    def __init__(self, number: int, size_bytes: int, fd: int | None) -> None:
+        self.number = number
+        self.bytes = size_bytes
+        self.fd = fd
+        self.buffer = mmap.mmap(-1 if fd is None else fd, size_bytes)
+        anchor = ctypes.c_char.from_buffer(self.buffer)
+        self.address = ctypes.addressof(anchor)
+        del anchor
+        self._touched = threading.Lock()
+        self._closed = False
+        _libc.madvise(self.address, size_bytes, _MADV_HUGEPAGE)
+
+    @classmethod
+    def create(cls, number: int, size_bytes: int, *, shared: bool = True) -> "Arena":
+        """A new arena. The map is not inherited by forks: a forked DataLoader worker must not keep it alive."""
+        fd = None
+        if shared:
+            fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size_bytes)
+        arena = cls(number, size_bytes, fd)
+        with contextlib.suppress(OSError):
+            arena.buffer.madvise(mmap.MADV_DONTFORK)
+        return arena
+
+    def touch(self) -> None:
+        """Make all pages exist, without holding the GIL; about 0.2 to 0.6 s a GB. Contents stay."""
+        with self._touched:
+            for offset in range(0, self.bytes, _POPULATE_BYTES):
+                if self._closed:
+                    return
+                length = min(_POPULATE_BYTES, self.bytes - offset)
+                if _libc.madvise(self.address + offset, length, _MADV_POPULATE_WRITE) != 0:
+                    return  # an old kernel: the first save touches the pages
+
+    def leave_in_child(self) -> None:
+        """In a forked child: the map is not there, and unmapping its addresses would free somebody else's memory."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def close(self) -> None:
+        """Unmap and free. Views must be gone."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._touched:
+            if self.fd is not None:
+                os.close(self.fd)
+                self.fd = None
+            self.buffer.close()
+
+
+class ArenaPool:
+    """At most `count` arenas, reused; each is free or in flight."""
+
+    def __init__(self, count: int, *, shared: bool) -> None:
+        self._count = count
+        self._shared = shared
+        self._free: list[Arena] = []
+        self._in_flight: dict[int, Arena] = {}
+        self._next = 0
+        self._changed = threading.Condition()
+
+    def take(self, size_bytes: int, *, wait: bool, timeout: float | None = None) -> tuple[Arena, list[Arena]] | None:
+        """An arena of at least `size_bytes`, and the arenas it replaces (the caller closes them); None if all are in flight."""
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: len(self._in_flight) < self._count, timeout)
+            if len(self._in_flight) >= self._count:
+                return None
+            fitting = [arena for arena in self._free if arena.bytes >= size_bytes]
+            replaced: list[Arena] = []
+            if fitting:
+                arena = min(fitting, key=lambda arena: arena.bytes)
+                self._free.remove(arena)
+            else:
+                if len(self._free) + len(self._in_flight) >= self._count:
+                    replaced = [self._free.pop()]
+                arena = Arena.create(self._next, size_bytes, shared=self._shared)
+                self._next += 1
+            self._in_flight[arena.number] = arena
+            return arena, replaced
+
+    def give_back(self, arena: Arena) -> None:
+        """The arena may be written again."""
+        with self._changed:
+            self._in_flight.pop(arena.number, None)
+            self._free.append(arena)
+            self._changed.notify_all()
+
+    @property
+    def in_flight(self) -> int:
+        """How many arenas hold a snapshot that is not stored yet."""
+        with self._changed:
+            return len(self._in_flight)
+
+    def all(self) -> list[Arena]:
+        """Every arena made and not released, free or in flight."""
+        return [*self._free, *self._in_flight.values()]
+
+    def drain(self) -> Iterator[Arena]:
+        """Hand out every free arena for closing."""
+        with self._changed:
+            while self._free:
+                yield self._free.pop()

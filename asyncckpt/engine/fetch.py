@@ -1,0 +1,215 @@
+"""Bytes on their way back: ranged reads, decoded and verified into one map, by threads of the calling process.
+
+The caller waits meanwhile, so threads do not compete with it for the GIL as they would beside a training loop. Memory
+is the wanted tensors once, plus one request and one block for each thread.
+"""
+
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from asyncckpt import errors
+from asyncckpt.engine.ranges import Block, FetchPlan, Request, Slot, plan_fetch
+from asyncckpt.format.digest import digest
+from asyncckpt.format.frames import decode_block
+from asyncckpt.format.index import Index
+from asyncckpt.store.base import Store
+
+REMOTE_THREADS = 16
+"""Connections side by side: one brings 90 MB/s from S3, and each request first waits some 30 ms."""
+_POLL_S = 0.1
+
+Progress = Callable[[int, int], None]
+"""Called on the calling thread, about ten times a second, with plain bytes done and in total."""
+Provider = Callable[[int], memoryview]
+"""Makes the target: writable memory of at least so many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """`tensors`: path to its plain bytes, verified, all views of one map. `requested_bytes`: what was read from the store."""
+
+    tensors: Mapping[str, memoryview]
+    requested_bytes: int
+
+
+def fetch(
+    store: Store,
+    index: Index,
+    paths: Iterable[str],
+    *,
+    into: Provider | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Fetched:
+    """Read, decode and verify the tensors at `paths`; nothing else is downloaded. Aliases share one view.
+
+    `threads`: None takes what the store gains from. The first error ends the others and is raised; no thread is left behind.
+    Raises `MissingShardError`, `DigestMismatchError` or `CorruptCheckpointError` with the shard's key.
+    """
+    names = list(dict.fromkeys(paths))
+    plan = plan_fetch(index, names)
+    target = (into or anonymous_map)(plan.target_bytes)
+    count = min(threads or default_threads(store), len(plan.requests))
+    _Fetch(store, plan, target, progress).run(count)
+    tensors = {}
+    for name in names:
+        start, size = plan.tensors[index.aliases.get(name, name)]
+        tensors[name] = target[start : start + size]
+    return Fetched(tensors, plan.requested_bytes)
+
+
+def default_threads(store: Store) -> int:
+    """Requests side by side: sixteen where connections are the limit, the usable cores where the processor is."""
+    return REMOTE_THREADS if store.min_part_bytes > 1 else len(os.sched_getaffinity(0))
+
+
+def anonymous_map(size_bytes: int) -> memoryview:
+    """Private memory in huge pages where the kernel gives them: a third of the page faults' time. Freed with its last view."""
+    memory = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[:size_bytes]
+
+
+def _start(threads: Sequence[threading.Thread]) -> int:
+    """How many could be started."""
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:
+            return number
+    return len(threads)
+
+
+class _Scratch:
+    """Reused memory of one thread."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray())
+
+    def take(self, size_bytes: int) -> memoryview:
+        if len(self._memory) < size_bytes:
+            self._memory = memoryview(bytearray(size_bytes))
+        return self._memory[:size_bytes]
+
+
+class _Fetch:
+    """One fetch under way: threads take requests in order until none is left or one failed."""
+
+    def __init__(self, store: Store, plan: FetchPlan, target: memoryview, progress: Progress | None) -> None:
+        self._store = store
+        self._plan = plan
+        self._target = target
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._next = 0
+        self._done_bytes = 0
+        self._error: BaseException | None = None
+
+    def run(self, count: int) -> None:
+        for slot in self._plan.slots:
+            if not slot.raw_bytes:
+                self._verify(slot)
+        threads = [threading.Thread(target=self._work, name=f"asyncckpt-fetch-{n}", daemon=True) for n in range(count)]
+        try:
+            if not _start(threads):
+                self._work()  # at the limit of threads: slower, not stuck
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_POLL_S)
+                    self._report()
+        except BaseException as error:
+            self._stop(error)
+            raise
+        finally:
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if self._error is not None:
+            raise self._error
+        self._report()
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._plan.wanted_bytes)
+
+    def _stop(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+
+    def _take(self) -> Request | None:
+        with self._lock:
+            if self._error is not None or self._next == len(self._plan.requests):
+                return None
+            self._next += 1
+            return self._plan.requests[self._next - 1]
+
+    def _work(self) -> None:
+        stored, plain = _Scratch(), _Scratch()
+        while (request := self._take()) is not None:
+            try:
+                self._serve(request, stored, plain)
+            except BaseException as error:  # noqa: BLE001 - raised again by run(), on the caller's thread
+                if isinstance(error, errors.CheckpointError):
+                    error.at(key=request.key)
+                self._stop(error)
+
+    def _serve(self, request: Request, stored: _Scratch, plain: _Scratch) -> None:
+        if request.direct:
+            _, _, start, size = request.blocks[0].pieces[0]
+            self._read(request, self._target[start : start + size])
+            self._landed(request.blocks[0])
+            return
+        data = stored.take(request.stored_bytes)
+        self._read(request, data)
+        for block in request.blocks:
+            if self._error is not None:
+                return
+            self._decode(block, data[block.stored_offset - request.offset :], plain)
+            self._landed(block)
+
+    def _read(self, request: Request, target: memoryview) -> None:
+        try:
+            self._store.get_into(request.key, request.offset, target)
+        except errors.ObjectNotFoundError as error:
+            raise errors.MissingShardError("an object that the index names is gone", key=request.key) from error
+
+    def _decode(self, block: Block, data: memoryview, plain: _Scratch) -> None:
+        if block.plane_bytes == 0:
+            out = data
+        else:
+            whole = block.pieces[0][2]
+            out = self._target[whole : whole + block.raw_bytes] if block.whole else plain.take(block.raw_bytes)
+            frames, start = [], 0
+            for size in block.frames:
+                frames.append(data[start : start + size])
+                start += size
+            decode_block(frames, block.plane_bytes, block.raw_bytes, out)
+            if block.whole:
+                return
+        for offset, _, start, size in block.pieces:
+            self._target[start : start + size] = out[offset : offset + size]
+
+    def _landed(self, block: Block) -> None:
+        """Count the block's pieces; the thread that brings a chunk's last byte verifies the chunk."""
+        complete = []
+        with self._lock:
+            for _, number, _, size in block.pieces:
+                slot = self._plan.slots[number]
+                slot.missing_bytes -= size
+                if slot.missing_bytes == 0:
+                    complete.append(slot)
+        for slot in complete:
+            self._verify(slot)
+        with self._lock:
+            self._done_bytes += sum(piece[3] for piece in block.pieces)
+
+    def _verify(self, slot: Slot) -> None:
+        if digest(self._target[slot.start : slot.start + slot.raw_bytes]) != slot.digest:
+            raise errors.DigestMismatchError(
+                f"the bytes of tensor {slot.path!r} differ from their digest", key=slot.key
+            )

@@ -1,0 +1,138 @@
+"""The in-process engine: the same schedule and runner on threads of the trainer.
+
+For stores that live in this process, and where memory files do not exist. Slower beside a busy main thread, which
+keeps the GIL from the encoder, and it ends with the process.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from asyncckpt import errors, events
+from asyncckpt.engine.arena import Arena
+from asyncckpt.engine.client import Listener
+from asyncckpt.engine.job import SaveJob, ShardReceipt
+from asyncckpt.engine.pipeline import Pipeline
+from asyncckpt.engine.schedule import Ended, Schedule, Task
+from asyncckpt.engine.worker import TaskRunner
+from asyncckpt.format.plan import Plan
+from asyncckpt.options import KeepRule
+from asyncckpt.store.base import Store
+
+
+@dataclass(slots=True)
+class _Staged:
+    arena: Arena
+    state: bytes
+
+
+class InlineEngine:
+    """Saves on threads of this process; same interface as `ServiceEngine`."""
+
+    pid: int | None = None
+
+    def __init__(self, store: Store, keep: tuple[KeepRule, ...], listener: Listener) -> None:
+        self._store = store
+        self._listener = listener
+        self._schedule = Schedule(retention=bool(keep))
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pipeline = Pipeline(store)
+        self._runner = TaskRunner(store, keep, self._pipeline, self._reply)
+        self._staged: dict[int, _Staged] = {}
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
+        """Hand one staged save over."""
+        self._inbox.put(lambda: self._take(job, plan, arena, state))
+
+    def forget_arena(self, arena: Arena) -> None:
+        """Nothing is held here."""
+
+    def forget_structure(self, number: int) -> None:
+        """No later job names this structure."""
+        self._inbox.put(lambda: self._runner.forget_structure(number))
+
+    def close(self, *, wait: bool = True) -> None:  # noqa: ARG002 - nothing here outlives the process
+        """Finish what was handed over and end the threads."""
+        self._inbox.put(None)
+        self._thread.join()
+        self._pipeline.close()
+
+    def close_in_child(self) -> None:
+        """Nothing to let go of: threads do not cross a fork."""
+
+    def retried(self, event: events.StoreRetried) -> None:
+        """The store waits before it asks again."""
+
+        def count() -> None:
+            for run in self._schedule.runs.values():
+                run.retries += 1
+            self._listener.event(event)
+
+        self._inbox.put(count)
+
+    def _take(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
+        self._staged[job.number] = _Staged(arena, state)
+        self._runner.add_structure(job.structure, plan.structure)
+        self._schedule.submit(job, len(plan.shards))
+
+    def _run(self) -> None:
+        while not (self._closing and self._schedule.idle):
+            message = self._inbox.get()
+            if message is None:
+                self._closing = True
+            else:
+                message()
+            while (task := self._schedule.next(encoder_free=self._inbox.empty())) is not None:
+                self._do(task)
+
+    def _do(self, task: Task) -> None:
+        job = task.run.job
+        staged = self._staged.get(job.number)
+        if task.kind == "shard":
+            assert staged is not None
+            self._runner.shard(task.number, job, task.shard, memoryview(staged.arena.buffer))
+        elif task.kind == "commit":
+            assert staged is not None
+            receipts = sorted(task.run.receipts.values(), key=lambda receipt: receipt.shard)
+            self._runner.commit(task.number, job, receipts, memoryview(staged.arena.buffer), staged.state)
+        else:
+            getattr(self._runner, task.kind)(task.number, job)
+
+    def _reply(self, task: int, kind: str, data: dict[str, Any]) -> None:
+        self._inbox.put(lambda: self._heard(task, kind, data))
+
+    def _heard(self, number: int, kind: str, data: dict[str, Any]) -> None:
+        if kind == "encoded":
+            return
+        task = self._schedule.tasks[number]
+        if kind == "done":
+            self._progress(task, data)
+            self._answer(self._schedule.done(task, data))
+        else:
+            self._answer(self._schedule.failed(task, errors.from_json(data)))
+
+    def _progress(self, task: Task, data: dict[str, Any]) -> None:
+        run = task.run
+        if task.kind == "shard":
+            receipt = ShardReceipt.from_json(data)
+            event: events.Event = events.ShardStored(
+                step=run.job.step,
+                key=receipt.key,
+                raw_bytes=receipt.raw_bytes,
+                stored_bytes=receipt.stored_bytes,
+                shards_done=len(run.receipts) + 1,
+                shards=run.shards,
+            )
+            self._listener.event(event)
+        elif task.kind == "retain" and data["removed"]:
+            self._listener.event(events.CheckpointsRemoved(tuple(data["removed"])))
+
+    def _answer(self, ended: Ended | None) -> None:
+        if ended is not None:
+            self._staged.pop(ended.run.job.number)
+            self._listener.ended(ended.run.job.number, ended.outcome, ended.error)

@@ -1,0 +1,217 @@
+"""Encode a shard and put it: one encoder (the calling thread) beside a few upload threads.
+
+Latency and slow connections hide behind each other and behind the encoder; the bytes between them are bounded.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from asyncckpt.engine.job import SaveJob, ShardReceipt
+from asyncckpt.format import keys
+from asyncckpt.format.frames import encode_shard
+from asyncckpt.format.plan import Plan, ShardPlan
+from asyncckpt.store.base import Buffer, Progress, Store, Upload
+
+IN_FLIGHT_BYTES = 256 * 2**20
+"""Encoded bytes waiting for or under upload, shared by all workers of a Saver."""
+UPLOAD_THREADS = 8
+_PART_SLACK = 9_500  # parts planned per object; S3 allows 10,000
+
+Done = Callable[[ShardReceipt | None, BaseException | None], None]
+
+
+class ByteBudget:
+    """Bytes that may be in flight; taking more waits. One request above the whole budget is let through alone."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._used = 0
+        self._changed = threading.Condition()
+
+    def take(self, count: int) -> None:
+        """Wait until `count` bytes fit."""
+        with self._changed:
+            while self._used and self._used + count > self._limit:
+                self._changed.wait()
+            self._used += count
+
+    def give_back(self, count: int) -> None:
+        """`count` bytes left memory."""
+        with self._changed:
+            self._used -= count
+            self._changed.notify_all()
+
+
+@dataclass(slots=True)
+class _Part:
+    number: int
+    offset: int
+    data: list[Buffer] = field(default_factory=list)
+    bytes: int = 0
+
+
+class _ShardPut:
+    """The way of one shard's frames into the store: a single put, or parts once it grows past `part_bytes`."""
+
+    def __init__(self, pipeline: "Pipeline", key: str, shard: ShardPlan, done: Done) -> None:
+        self._pipeline = pipeline
+        self._key = key
+        self._shard = shard
+        self._done = done
+        self._part_bytes = max(pipeline.part_bytes, pipeline.store.min_part_bytes, -(-shard.raw_bytes // _PART_SLACK))
+        self._part = _Part(1, 0)
+        self._upload: Upload | None = None
+        self._starting = threading.Lock()
+        self._lock = threading.Lock()
+        self._open = 1  # the encoder itself, and every request in flight
+        self._error: BaseException | None = None
+        self._frames: list[tuple[int, int, int, int]] = []
+        self._stored = 0
+        self._encode_s = 0.0
+        self._upload_s = 0.0
+
+    def add(self, raw_offset: int, raw_bytes: int, data: Buffer) -> None:
+        if self._error is not None:
+            raise self._error
+        size = len(data)
+        self._pipeline.budget.take(size)
+        self._frames.append((raw_offset, raw_bytes, self._stored, size))
+        self._part.data.append(data)
+        self._part.bytes += size
+        self._stored += size
+        if self._part.bytes >= self._part_bytes:
+            part, self._part = self._part, _Part(self._part.number + 1, self._stored)
+            self._send(part, self._put_part)
+
+    def finish(self, encode_s: float, error: BaseException | None) -> None:
+        self._encode_s = encode_s
+        part = self._part
+        if error is not None:
+            self._fail(error)
+            self._pipeline.budget.give_back(part.bytes)
+        elif part.number == 1:
+            self._send(part, self._put_whole)
+        elif part.bytes:
+            self._send(part, self._put_part)
+        self._close_one()
+
+    def _send(self, part: _Part, put: Callable[[_Part], None]) -> None:
+        with self._lock:
+            self._open += 1
+        self._pipeline.run(lambda: self._run(part, put))
+
+    def _run(self, part: _Part, put: Callable[[_Part], None]) -> None:
+        started = time.perf_counter()
+        try:
+            if self._error is None:
+                put(part)
+        except BaseException as error:  # noqa: BLE001 - handed to the receipt's owner
+            self._fail(error)
+        finally:
+            part.data.clear()
+            self._pipeline.budget.give_back(part.bytes)
+            with self._lock:
+                self._upload_s += time.perf_counter() - started
+            self._close_one()
+
+    def _put_whole(self, part: _Part) -> None:
+        self._pipeline.store.put(self._key, part.data)
+
+    def _put_part(self, part: _Part) -> None:
+        with self._starting:
+            if self._upload is None:
+                self._upload = self._pipeline.store.start_upload(self._key)
+        self._upload.write(part.number, part.offset, part.data)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+
+    def _close_one(self) -> None:
+        with self._lock:
+            self._open -= 1
+            last = self._open == 0
+        if last:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        try:
+            if self._upload is not None:
+                if self._error is None:
+                    self._upload.complete()
+                else:
+                    self._upload.abort()
+        except BaseException as error:  # noqa: BLE001 - handed to the receipt's owner
+            self._fail(error)
+        if self._error is not None:
+            self._done(None, self._error)
+            return
+        receipt = ShardReceipt(
+            shard=self._shard.number,
+            key=self._key,
+            raw_bytes=self._shard.raw_bytes,
+            stored_bytes=self._stored,
+            frames=tuple(self._frames),
+            encode_s=self._encode_s,
+            upload_s=self._upload_s,
+        )
+        self._done(receipt, None)
+
+
+class Pipeline:
+    """One encoder and its uploads. Made after a fork.
+
+    The threads are daemons of our own and start at once: an executor's refuse work at interpreter exit, where the last
+    save may still be on its way.
+    """
+
+    def __init__(self, store: Store, *, workers: int = 1, progress: Progress = lambda: None) -> None:
+        share = IN_FLIGHT_BYTES // workers
+        self.store = store
+        self.part_bytes = share // 4
+        self.budget = ByteBudget(share)
+        self._progress = progress
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"asyncckpt-upload-{number}", daemon=True)
+            for number in range(UPLOAD_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put_shard(self, job: SaveJob, plan: Plan, shard: ShardPlan, arena: memoryview, done: Done) -> None:
+        """Encode now; `done(receipt, error)` is called once, from an upload thread, when the object exists or will not."""
+        put = _ShardPut(self, keys.folder(job.step, job.attempt) + shard.name, shard, done)
+        digests = arena[plan.digests_offset :]
+        encode_s = 0.0
+        failure: BaseException | None = None
+        try:
+            frames = encode_shard(shard, arena, plan.codec, digests)
+            started = time.perf_counter()
+            for frame in frames:
+                encode_s += time.perf_counter() - started
+                self._progress()
+                put.add(frame.raw_offset, frame.raw_bytes, frame.data)
+                started = time.perf_counter()
+            encode_s += time.perf_counter() - started
+        except BaseException as error:  # noqa: BLE001 - handed to the receipt's owner
+            failure = error
+        put.finish(encode_s, failure)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do something beside the encoder (a put, a check, a commit, retention); it must not raise."""
+        self._work.put(work)
+
+    def close(self) -> None:
+        """Wait for what was given, and end the threads."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()

@@ -1,0 +1,62 @@
+"""Which checkpoints stay. A checkpoint stays if any rule keeps it, if it is pinned, or if it is the newest."""
+
+from collections.abc import Iterable, Sequence
+
+from asyncckpt import errors
+from asyncckpt.engine.commit import MAX_RECORD_BYTES, remove_folders
+from asyncckpt.format import keys
+from asyncckpt.format.record import Record
+from asyncckpt.options import KeepLast, KeepRule
+from asyncckpt.store.base import Store
+
+
+def doomed(steps: Iterable[int], rules: Sequence[KeepRule]) -> list[int]:
+    """The steps that no rule keeps, oldest first. No rules keep everything."""
+    ordered = sorted(steps)
+    if not rules or not ordered:
+        return []
+    kept = {ordered[-1]}
+    for rule in rules:
+        if isinstance(rule, KeepLast):
+            kept.update(ordered[-rule.count :])
+        else:
+            kept.update(step for step in ordered if step % rule.steps == 0)
+    return [step for step in ordered if step not in kept]
+
+
+def recorded_steps(store: Store) -> list[int]:
+    """Steps that have a record, sorted; one delimited LIST."""
+    steps = (keys.parse_record_key(entry.key) for entry in store.list(delimiter=True) if not entry.is_prefix)
+    return sorted(step for step in steps if step is not None)
+
+
+def retain(store: Store, rules: Sequence[KeepRule], *, known_pinned: set[int]) -> list[int]:
+    """Remove what no rule keeps; the steps removed. `known_pinned` remembers pinned steps between calls."""
+    candidates = [step for step in doomed(recorded_steps(store), rules) if step not in known_pinned]
+    removed = []
+    for step in candidates:
+        record = _read(store, step)
+        if record is None:
+            continue
+        if record.pinned:
+            known_pinned.add(step)
+            continue
+        remove_checkpoint(store, record)
+        removed.append(step)
+    return removed
+
+
+def remove_checkpoint(store: Store, record: Record) -> None:
+    """Delete one checkpoint, the record first: half a deletion leaves objects without a record, never the reverse."""
+    own = [folder for folder in record.folders if keys.parse_folder(folder) == record.step]
+    store.delete([keys.record_key(record.step)])
+    store.delete([keys.damaged_key(record.step)])
+    remove_folders(store, own)
+
+
+def _read(store: Store, step: int) -> Record | None:
+    key = keys.record_key(step)
+    try:
+        return Record.parse(store.get(key, max_bytes=MAX_RECORD_BYTES), key)
+    except (errors.ObjectNotFoundError, errors.RecordError):
+        return None

@@ -1,0 +1,172 @@
+"""Which task of which save is next. Pure: no clock, no I/O; the service and the in-process engine both drive it.
+
+A save is a check (is the step taken?), its shards, and a commit; a failed or needless save ends with the removal of what it stored; a
+committed one may be followed by retention.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from asyncckpt import errors
+from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
+
+Kind = Literal["check", "shard", "commit", "abandon", "retain"]
+MAX_DEATHS = 3
+"""A task that kills its worker this often fails its save."""
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One piece of work for a worker. `shard` is set for kind shard."""
+
+    number: int
+    kind: Kind
+    run: "JobRun"
+    shard: int = -1
+    deaths: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class JobRun:
+    """A save on its way."""
+
+    job: SaveJob
+    shards: int
+    ready: deque[Task] = field(default_factory=deque)
+    receipts: dict[int, ShardReceipt] = field(default_factory=dict)
+    running: set[int] = field(default_factory=set)
+    retries: int = 0
+    stage: Literal["shards", "commit", "abandon", "retain", "over"] = "shards"
+    error: BaseException | None = None
+    exists: bool = False
+    outcome: CommitOutcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A save has its answer: an outcome, or an error."""
+
+    run: JobRun
+    outcome: CommitOutcome | None
+    error: BaseException | None
+
+
+class Schedule:
+    """Jobs in order, tasks of the oldest first. `retention`: whether a commit is followed by a retain task."""
+
+    def __init__(self, *, retention: bool) -> None:
+        self.runs: dict[int, JobRun] = {}
+        self.tasks: dict[int, Task] = {}
+        self._retention = retention
+        self._next = 0
+
+    def submit(self, job: SaveJob, shards: int) -> JobRun:
+        """Take a save in."""
+        run = JobRun(job, shards)
+        self.runs[job.number] = run
+        run.ready.append(self._task("check", run))
+        run.ready.extend(self._task("shard", run, shard) for shard in range(shards))
+        if shards == 0:
+            run.ready.append(self._task("commit", run))
+            run.stage = "commit"
+        return run
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to do."""
+        return not self.runs
+
+    def next(self, *, encoder_free: bool) -> Task | None:
+        """The next task; shards only when an encoder is free."""
+        for run in self.runs.values():
+            if run.ready and (encoder_free or run.ready[0].kind != "shard"):
+                task = run.ready.popleft()
+                run.running.add(task.number)
+                return task
+        return None
+
+    def done(self, task: Task, result: dict[str, Any]) -> Ended | None:
+        """A task succeeded."""
+        run = self._settle(task)
+        if task.kind == "shard":
+            run.receipts[task.shard] = ShardReceipt.from_json(result)
+            if run.stage == "shards" and len(run.receipts) == run.shards:
+                run.stage = "commit"
+                run.ready.append(self._task("commit", run))
+        elif task.kind == "check" and result["exists"] and run.stage in ("shards", "commit"):
+            run.exists = True
+            self._stop(run)
+        elif task.kind == "commit":
+            run.outcome = CommitOutcome.from_json({**result, "retries": run.retries})
+            if run.outcome.result == "exists":
+                run.exists = True
+                self._stop(run)
+            else:
+                return self._committed(run)
+        return self._advance(run)
+
+    def failed(self, task: Task, error: BaseException) -> Ended | None:
+        """A task failed for good."""
+        run = self._settle(task)
+        if task.kind in ("abandon", "retain"):
+            return self._advance(
+                run
+            )  # leftovers are found by their missing record; retention runs again after the next save
+        if run.error is None:
+            run.error = error
+        self._stop(run)
+        return self._advance(run)
+
+    def lost(self, task: Task, reason: str) -> Ended | None:
+        """The worker died under this task: again, from the arena."""
+        task.deaths += 1
+        if task.deaths >= MAX_DEATHS:
+            message = f"{task.deaths} workers in a row died on one {task.kind} task: {reason}"
+            return self.failed(task, errors.WorkerDiedError(message, step=task.run.job.step))
+        task.run.running.discard(task.number)
+        if self._wanted(task):
+            task.run.ready.appendleft(task)
+            return None
+        del self.tasks[task.number]
+        return self._advance(task.run)
+
+    def _wanted(self, task: Task) -> bool:
+        return task.run.stage not in ("abandon", "over") or task.kind == "abandon"
+
+    def _task(self, kind: Kind, run: JobRun, shard: int = -1) -> Task:
+        self._next += 1
+        task = self.tasks[self._next] = Task(self._next, kind, run, shard)
+        return task
+
+    def _settle(self, task: Task) -> JobRun:
+        task.run.running.discard(task.number)
+        self.tasks.pop(task.number, None)
+        return task.run
+
+    def _stop(self, run: JobRun) -> None:
+        # nothing new starts; what runs comes home first, so that the removal finds everything
+        for task in run.ready:
+            del self.tasks[task.number]
+        run.ready.clear()
+        if run.stage != "over":
+            run.stage = "abandon"
+
+    def _committed(self, run: JobRun) -> Ended:
+        run.stage = "retain"
+        if self._retention:
+            run.ready.append(self._task("retain", run))
+        else:
+            self._advance(run)
+        return Ended(run, run.outcome, None)
+
+    def _advance(self, run: JobRun) -> Ended | None:
+        if run.ready or run.running or run.stage in ("shards", "commit"):
+            return None
+        if run.stage == "abandon":
+            run.stage = "over"
+            run.ready.append(self._task("abandon", run))
+            outcome = CommitOutcome("exists", retries=run.retries) if run.exists and run.error is None else None
+            return Ended(run, outcome, run.error)
+        self.runs.pop(run.job.number, None)
+        return None

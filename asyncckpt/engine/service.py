@@ -1,0 +1,321 @@
+"""The service process: it owns the queue and the workers, and outlives its trainer.
+
+No torch, no threads, no store request of its own: it only selects on sockets and pidfds, so a slow store never blocks
+supervision and a worker may be forked at any moment. An idle service sleeps in `select`.
+"""
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncckpt import errors
+from asyncckpt.engine.job import SaveJob, rules_from_json
+from asyncckpt.engine.schedule import Ended, Schedule, Task
+from asyncckpt.engine.wire import Channel, pair
+from asyncckpt.engine.worker import run_worker
+
+ALIVE_S = 10.0
+"""While saves are in flight the trainer hears from the service this often, and so can tell a frozen one."""
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A worker as the service sees it."""
+
+    pid: int
+    channel: Channel
+    heard_s: float
+    encoding: bool = False
+    tasks: dict[int, Task] = field(default_factory=dict)
+    structures: set[int] = field(default_factory=set)
+    arenas: set[int] = field(default_factory=set)
+
+
+class Service:
+    """One trainer, one store, a few workers."""
+
+    def __init__(self, trainer: Channel, hello: dict[str, Any], pidfd: int) -> None:
+        self._trainer: Channel | None = trainer
+        self._hello = hello
+        self._rules = rules_from_json(hello["keep"])
+        self._schedule = Schedule(retention=bool(self._rules))
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(trainer, selectors.EVENT_READ, "trainer")
+        self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
+        self._seats: list[_Seat] = []
+        self._structures: dict[int, int] = {}
+        self._arenas: dict[int, tuple[int, int]] = {}
+        self._states: dict[int, int] = {}
+        self._said_s = time.monotonic()
+
+    def run(self) -> None:
+        """Serve until the trainer is gone or has closed, and every save has its answer."""
+        self._tell({"op": "ready"})
+        while self._trainer is not None or not self._schedule.idle:
+            for key, mask in self._selector.select(self._timeout()):
+                if key.data == "trainer":
+                    self._trainer_ready(mask)
+                elif key.data == "pidfd":
+                    self._trainer_died()
+                else:
+                    self._seat_ready(key.data, mask)
+            self._dispatch()
+            self._watch()
+        for seat in list(self._seats):
+            self._dismiss(seat)
+
+    def _timeout(self) -> float | None:
+        return None if self._schedule.idle else 1.0
+
+    # -- the trainer
+
+    def _trainer_ready(self, mask: int) -> None:
+        if self._trainer is None:
+            return
+        if mask & selectors.EVENT_WRITE:
+            self._tell(None)
+        if self._trainer is not None and mask & selectors.EVENT_READ:
+            self._read_trainer()
+
+    def _read_trainer(self) -> bool:
+        assert self._trainer is not None
+        messages = self._trainer.receive()
+        if messages is None:
+            self._drop_trainer()
+            return False
+        for message, fds in messages:
+            getattr(self, "_on_" + message["op"])(message, fds)
+        return bool(messages)
+
+    def _trainer_died(self) -> None:
+        # what it sent before it died is still in the socket, which a forked child may hold open
+        while self._trainer is not None and self._read_trainer():
+            pass
+        self._drop_trainer()
+
+    def _drop_trainer(self) -> None:
+        for fileobj in [key.fileobj for key in self._selector.get_map().values() if key.data in ("trainer", "pidfd")]:
+            self._selector.unregister(fileobj)
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
+
+    def _on_structure(self, message: dict[str, Any], fds: list[int]) -> None:
+        self._structures[message["structure"]] = fds[0]
+
+    def _on_forget_structure(self, message: dict[str, Any], _: list[int]) -> None:
+        os.close(self._structures.pop(message["structure"]))
+        self._to_all(message)
+
+    def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
+        self._arenas[message["arena"]] = (fds[0], message["bytes"])
+
+    def _on_forget_arena(self, message: dict[str, Any], _: list[int]) -> None:
+        os.close(self._arenas.pop(message["arena"])[0])
+        self._to_all(message)
+
+    def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
+        job = SaveJob.from_json(message["job"])
+        self._states[job.number] = fds[0]
+        self._schedule.submit(job, message["shards"])
+
+    def _tell(self, message: dict[str, Any] | None) -> None:
+        if self._trainer is None:
+            return
+        self._said_s = time.monotonic()
+        try:
+            if message is None:
+                self._trainer.flush()
+            else:
+                self._trainer.post(message)
+        except (BrokenPipeError, ConnectionResetError):
+            self._trainer_died()
+            return
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._trainer.pending else 0)
+        self._selector.modify(self._trainer, mask, "trainer")
+
+    def _answer(self, ended: Ended | None) -> None:
+        if ended is None:
+            return
+        number = ended.run.job.number
+        os.close(self._states.pop(number))
+        message: dict[str, Any] = {"op": "ended", "job": number}
+        if ended.error is not None:
+            message["error"] = errors.to_json(ended.error)
+        elif ended.outcome is not None:
+            message["outcome"] = ended.outcome.to_json()
+        self._tell(message)
+
+    # -- the workers
+
+    def _dispatch(self) -> None:
+        while True:
+            free = [seat for seat in self._seats if not seat.encoding]
+            room = bool(free) or len(self._seats) < self._hello["workers"]
+            task = self._schedule.next(encoder_free=room)
+            if task is None:
+                return
+            if not free and len(self._seats) < self._hello["workers"]:
+                free = [self._hire()]
+            self._give(min(free or self._seats, key=lambda seat: len(seat.tasks)), task)
+
+    def _hire(self) -> _Seat:
+        ours, theirs = pair()
+        service_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                ours.detach()
+                run_worker(theirs, self._hello, self._rules, service_pid)
+                status = 0
+            except BaseException:  # noqa: BLE001 - a worker ends here, whatever happened
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(status)
+        theirs.close()
+        ours.setblocking(False)
+        seat = _Seat(pid, Channel(ours), time.monotonic())
+        self._seats.append(seat)
+        self._selector.register(seat.channel, selectors.EVENT_READ, seat)
+        return seat
+
+    def _give(self, seat: _Seat, task: Task) -> None:
+        job = task.run.job
+        if not seat.tasks:
+            seat.heard_s = time.monotonic()
+        seat.tasks[task.number] = task
+        seat.encoding = seat.encoding or task.kind == "shard"
+        message: dict[str, Any] = {"op": "task", "task": task.number, "kind": task.kind, "job": job.to_json()}
+        fds: list[int] = []
+        if task.kind in ("shard", "commit"):
+            self._introduce(seat, job)
+        if task.kind == "shard":
+            message["shard"] = task.shard
+        elif task.kind == "commit":
+            receipts = sorted(task.run.receipts.values(), key=lambda receipt: receipt.shard)
+            message["receipts"] = [receipt.to_json() for receipt in receipts]
+            fds = [self._states[job.number]]
+        self._post(seat, message, fds)
+
+    def _introduce(self, seat: _Seat, job: SaveJob) -> None:
+        if job.structure not in seat.structures:
+            seat.structures.add(job.structure)
+            self._post(seat, {"op": "structure", "structure": job.structure}, [self._structures[job.structure]])
+        if job.arena not in seat.arenas:
+            seat.arenas.add(job.arena)
+            fd, size_bytes = self._arenas[job.arena]
+            self._post(seat, {"op": "arena", "arena": job.arena, "bytes": size_bytes}, [fd])
+
+    def _to_all(self, message: dict[str, Any]) -> None:
+        for seat in self._seats:
+            known = seat.structures if "structure" in message else seat.arenas
+            number = message.get("structure", message.get("arena"))
+            if number in known:
+                known.discard(number)
+                self._post(seat, message, [])
+
+    def _post(self, seat: _Seat, message: dict[str, Any], fds: list[int]) -> None:
+        try:
+            seat.channel.post(message, fds)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # its end of the stream is read next
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if seat.channel.pending else 0)
+        self._selector.modify(seat.channel, mask, seat)
+
+    def _seat_ready(self, seat: _Seat, mask: int) -> None:
+        if seat not in self._seats:
+            return
+        if mask & selectors.EVENT_WRITE:
+            try:
+                seat.channel.flush()
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            else:
+                if not seat.channel.pending:
+                    self._selector.modify(seat.channel, selectors.EVENT_READ, seat)
+        messages = seat.channel.receive()
+        if messages is None:
+            self._replace(seat, "died")
+            return
+        seat.heard_s = time.monotonic()
+        for message, _ in messages:
+            self._heard(seat, message)
+
+    def _heard(self, seat: _Seat, message: dict[str, Any]) -> None:
+        kind = message["op"]
+        if kind == "beat":
+            return
+        if kind == "retried":
+            for run in self._schedule.runs.values():
+                run.retries += 1
+            self._tell(message)
+            return
+        if kind == "encoded":
+            seat.encoding = False
+            return
+        task = seat.tasks.pop(message["task"])
+        if kind == "done":
+            self._progress(task, message["data"])
+            self._answer(self._schedule.done(task, message["data"]))
+        else:
+            self._answer(self._schedule.failed(task, errors.from_json(message["data"])))
+
+    def _progress(self, task: Task, data: dict[str, Any]) -> None:
+        if task.kind == "shard":
+            run = task.run
+            sizes = {name: data[name] for name in ("key", "raw_bytes", "stored_bytes")}
+            counts = {"shards_done": len(run.receipts) + 1, "shards": run.shards}
+            self._tell({"op": "stored", "data": {"step": run.job.step, **sizes, **counts}})
+        elif task.kind == "retain" and data["removed"]:
+            self._tell({"op": "removed", "steps": data["removed"]})
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        for seat in list(self._seats):
+            if seat.tasks and now - seat.heard_s > self._hello["hang_s"]:
+                self._replace(seat, f"gave no sign of life for {self._hello['hang_s']:.0f} s")
+        if not self._schedule.idle and now - self._said_s > ALIVE_S:
+            self._tell({"op": "alive"})
+
+    def _replace(self, seat: _Seat, reason: str) -> None:
+        tasks = list(seat.tasks.values())
+        self._dismiss(seat)
+        if tasks:
+            self._tell({"op": "worker_replaced", "reason": f"worker {seat.pid} {reason}"})
+        for task in reversed(tasks):
+            self._answer(self._schedule.lost(task, reason))
+
+    def _dismiss(self, seat: _Seat) -> None:
+        self._selector.unregister(seat.channel)
+        seat.channel.close()
+        self._seats.remove(seat)
+        os.kill(seat.pid, signal.SIGKILL)  # dead, hung or idle: nothing it holds is needed
+        os.waitpid(seat.pid, 0)
+
+
+def main(fd: int) -> None:
+    """The service's whole life. `fd`: our end of the socketpair; the first message says what to serve."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with its trainer, after what was handed over
+    sock = socket.socket(fileno=fd)
+    channel = Channel(sock)
+    while not (messages := channel.receive()):
+        if messages is None:
+            return
+    hello, _ = messages[0]
+    if hello["url"].startswith("s3:"):
+        import asyncckpt.store.s3  # noqa: F401, PLC0415 - once here, shared by every worker
+    pidfd = os.pidfd_open(hello["pid"])
+    sock.setblocking(False)
+    gc.freeze()  # workers share these pages for longer
+    service = Service(channel, hello, pidfd)
+    for message, more in messages[1:]:
+        getattr(service, "_on_" + message["op"])(message, more)
+    service.run()

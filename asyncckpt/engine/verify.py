@@ -1,0 +1,89 @@
+"""Reading everything that a checkpoint stores, to find damage before a restore does."""
+
+from collections.abc import Iterator
+
+from asyncckpt import errors
+from asyncckpt.engine.fetch import fetch
+from asyncckpt.format.dtypes import DTYPES
+from asyncckpt.format.frames import decompress
+from asyncckpt.format.index import Index
+from asyncckpt.format.shard import MAX_HEADER_BYTES, HeaderTensor, parse_header
+from asyncckpt.format.stored import IndexedShard
+from asyncckpt.store.base import Store
+
+BATCH_BYTES = 2**30
+"""Plain bytes in memory at a time; one larger tensor stands alone."""
+_LENGTH_BYTES = 8
+
+
+def verify_objects(store: Store, index: Index) -> None:
+    """Sizes and headers of all shards, then every tensor's bytes. Raises the precise error with the object's key."""
+    names = _names(index)
+    for number, shard in enumerate(index.shards):
+        try:
+            _check_size(store, shard)
+            described = parse_header(_header(store, shard), shard.raw_bytes)
+        except errors.CheckpointError as error:
+            error.at(key=shard.key)
+            raise
+        if described != names.get(number, {}):
+            raise errors.CorruptCheckpointError("the shard's header and the index differ", key=shard.key)
+    for paths in _batches(index):
+        fetch(store, index, paths)
+
+
+def _check_size(store: Store, shard: IndexedShard) -> None:
+    entry = store.head(shard.key)
+    if entry is None:
+        raise errors.MissingShardError("an object that the index names is gone")
+    if entry.stored_bytes != shard.stored_bytes:
+        raise errors.CorruptCheckpointError(
+            f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
+        )
+
+
+def _header(store: Store, shard: IndexedShard) -> bytes:
+    if shard.frames:
+        _, raw_bytes, start, stored_bytes = shard.frames[0]
+        if raw_bytes > MAX_HEADER_BYTES or stored_bytes > MAX_HEADER_BYTES:
+            raise errors.ResourceLimitError(f"a header of {raw_bytes} bytes")
+        data = bytearray(stored_bytes)
+        store.get_into(shard.key, start, memoryview(data))
+        return decompress(data, raw_bytes)
+    length = bytearray(_LENGTH_BYTES)
+    store.get_into(shard.key, 0, memoryview(length))
+    size = _LENGTH_BYTES + int.from_bytes(length, "little")
+    if size > min(MAX_HEADER_BYTES, shard.raw_bytes):
+        raise errors.CorruptCheckpointError(f"a header of {size} bytes in a shard of {shard.raw_bytes}")
+    data = bytearray(size)
+    store.get_into(shard.key, 0, memoryview(data))
+    return bytes(data)
+
+
+def _names(index: Index) -> dict[int, dict[str, HeaderTensor]]:
+    """What each shard's header must describe."""
+    names: dict[int, dict[str, HeaderTensor]] = {}
+    for tensor in index.tensors.values():
+        kind = DTYPES[tensor.dtype].safetensors if tensor.layout == "plain" else None
+        for number, chunk in enumerate(tensor.chunks):
+            name = f"{tensor.name}@{number}" if len(tensor.chunks) > 1 else tensor.name
+            shape = (chunk.raw_bytes,) if kind is None else chunk.sizes
+            entry = HeaderTensor(kind or "U8", shape, chunk.raw_offset, chunk.raw_bytes)
+            names.setdefault(chunk.shard, {})[name] = entry
+    return names
+
+
+def _batches(index: Index) -> Iterator[list[str]]:
+    """All tensors in stored order, some at a time."""
+    stored = sorted(index.tensors.values(), key=lambda one: (one.chunks[0].shard, one.chunks[0].raw_offset))
+    batch: list[str] = []
+    filled = 0
+    for tensor in stored:
+        size = sum(chunk.raw_bytes for chunk in tensor.chunks)
+        if batch and filled + size > BATCH_BYTES:
+            yield batch
+            batch, filled = [], 0
+        batch.append(tensor.path)
+        filled += size
+    if batch:
+        yield batch

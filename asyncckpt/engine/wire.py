@@ -1,0 +1,157 @@
+"""JSON messages and file descriptors over a private socketpair.
+
+A message is a 4-byte big-endian length and that many bytes of JSON. A payload above `INLINE_BYTES` travels as a memory
+file whose descriptor is passed, so a message never fills the socket and a sender never waits for a slow reader.
+Nothing else is ever read from the socket, and nothing is unpickled.
+"""
+
+import json
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+INLINE_BYTES = 16 * 1024
+_MAX_FDS = 16
+_READ_BYTES = 256 * 1024
+
+Message = dict[str, Any]
+
+
+def memory_file(name: str, data: bytes) -> int:
+    """A new memory file that holds `data`; the caller closes it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_memory_file(fd: int) -> bytes:
+    """All bytes of a memory file; the descriptor stays open."""
+    left = os.fstat(fd).st_size
+    parts: list[bytes] = []
+    offset = 0
+    while left:
+        part = os.pread(fd, left, offset)
+        if not part:
+            raise EOFError("memory file is shorter than it states")
+        parts.append(part)
+        offset += len(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+class Channel:
+    """One end of the socketpair. `send` is thread-safe; one thread receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+        self._buffer = bytearray()
+        self._fds: deque[int] = deque()
+        self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self.sock.fileno()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send, and wait while the socket is full. `BrokenPipeError` if the other end is gone."""
+        with self._lock:
+            self._enqueue(message, fds)
+            self._drain(wait=True)
+
+    def post(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send without ever waiting; what does not fit goes out with later calls of `flush`."""
+        with self._lock:
+            self._enqueue(message, fds)
+            self._drain(wait=False)
+
+    def flush(self) -> None:
+        """Send what `post` left."""
+        with self._lock:
+            self._drain(wait=False)
+
+    @property
+    def pending(self) -> bool:
+        """Whether `post` left something."""
+        return bool(self._outbox)
+
+    def receive(self) -> list[tuple[Message, list[int]]] | None:
+        """Wait for bytes; the messages complete so far with their descriptors, or None at the end of the stream."""
+        try:
+            data, fds, flags, _ = socket.recv_fds(self.sock, _READ_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        except (ConnectionResetError, BrokenPipeError):
+            return None
+        except BlockingIOError:
+            return []
+        self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            raise OSError("descriptors were lost: the process has no free descriptor (raise `ulimit -n`)")
+        if not data:
+            return None
+        self._buffer += data
+        return self._complete()
+
+    def close(self) -> None:
+        """Close the socket and every descriptor that was received or queued and not taken."""
+        with self._lock:
+            for fd in self._fds:
+                os.close(fd)
+            for _, fds in self._outbox:
+                for fd in fds:
+                    os.close(fd)
+            self._fds.clear()
+            self._outbox.clear()
+            self.sock.close()
+
+    def _enqueue(self, message: Message, fds: Sequence[int]) -> None:
+        payload = json.dumps({**message, "fds": len(fds)}, separators=(",", ":")).encode()
+        held = [os.dup(fd) for fd in fds]
+        if len(payload) > INLINE_BYTES:
+            held.append(memory_file("asyncckpt-message", payload))
+            payload = b'{"large":true,"fds":%d}' % len(held)
+        self._outbox.append((memoryview(len(payload).to_bytes(4, "big") + payload), tuple(held)))
+
+    def _drain(self, *, wait: bool) -> None:
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        while self._outbox:
+            data, fds = self._outbox[0]
+            try:
+                sent = socket.send_fds(self.sock, [data], list(fds), flags)
+            except BlockingIOError:
+                return
+            for fd in fds:
+                os.close(fd)
+            if sent == len(data):
+                self._outbox.popleft()
+            else:
+                self._outbox[0] = (data[sent:], ())
+
+    def _complete(self) -> list[tuple[Message, list[int]]]:
+        found: list[tuple[Message, list[int]]] = []
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) < 4 + size:
+                break
+            message: Message = json.loads(bytes(self._buffer[4 : 4 + size]))
+            del self._buffer[: 4 + size]
+            fds = [self._fds.popleft() for _ in range(message["fds"])]
+            if message.get("large"):  # the payload is the last descriptor
+                fd = fds.pop()
+                message = json.loads(read_memory_file(fd))
+                os.close(fd)
+            found.append((message, fds))
+        return found
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """A private pair of connected sockets, close-on-exec."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

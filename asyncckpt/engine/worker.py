@@ -1,0 +1,217 @@
+"""Do tasks: in a forked worker process, or on the threads of the in-process engine. One runner, two hosts."""
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from asyncckpt import errors
+from asyncckpt.engine import commit, retention
+from asyncckpt.engine.job import SaveJob, ShardReceipt
+from asyncckpt.engine.pipeline import Pipeline
+from asyncckpt.engine.wire import Channel, read_memory_file
+from asyncckpt.events import StoreRetried
+from asyncckpt.format.plan import Plan, Structure, plan
+from asyncckpt.options import KeepRule, S3Options
+from asyncckpt.store.base import Store
+from asyncckpt.store.opening import open_store
+
+BEAT_S = 1.0
+_PR_SET_PDEATHSIG = 1
+_SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
+
+Reply = Callable[[int, str, dict[str, Any]], None]
+
+
+class TaskRunner:
+    """Runs tasks against one store. `reply(task, "done"|"failed"|"encoded", data)` is called from any thread."""
+
+    def __init__(self, store: Store, rules: Sequence[KeepRule], pipeline: Pipeline, reply: Reply) -> None:
+        self._store = store
+        self._rules = rules
+        self._pipeline = pipeline
+        self._reply = reply
+        self._structures: dict[int, Structure] = {}
+        self._plans: dict[tuple[int, str, int | None], Plan] = {}
+        self._planning = threading.Lock()
+        self._pinned: set[int] = set()
+
+    def add_structure(self, number: int, structure: Structure) -> None:
+        """Jobs may name this structure from now on."""
+        self._structures[number] = structure
+
+    def forget_structure(self, number: int) -> None:
+        """No job names it any more."""
+        self._structures.pop(number, None)
+        for key in [key for key in self._plans if key[0] == number]:
+            del self._plans[key]
+
+    def plan(self, job: SaveJob) -> Plan:
+        """The job's plan; computed once per structure, the same in every process."""
+        key = (job.structure, job.codec, job.shard_bytes)
+        with self._planning:
+            if key not in self._plans:
+                self._plans[key] = plan(self._structures[job.structure], codec=job.codec, shard_bytes=job.shard_bytes)
+            return self._plans[key]
+
+    def shard(self, task: int, job: SaveJob, number: int, arena: memoryview) -> None:
+        """Encode now, upload beside; replies `encoded`, later `done` or `failed`."""
+
+        def done(receipt: ShardReceipt | None, error: BaseException | None) -> None:
+            if receipt is not None:
+                self._reply(task, "done", receipt.to_json())
+            elif error is not None:
+                self._fail(task, job, error)
+
+        try:
+            layout = self.plan(job)
+            self._pipeline.put_shard(job, layout, layout.shards[number], arena, done)
+        except Exception as error:  # noqa: BLE001 - every failure is the task's answer
+            self._fail(task, job, error)
+        self._reply(task, "encoded", {})
+
+    def commit(
+        self, task: int, job: SaveJob, receipts: Sequence[ShardReceipt], arena: memoryview, state: bytes
+    ) -> None:
+        """Write state, index and record."""
+        layout = self.plan(job)
+        chunks = sum(len(shard.chunks) for shard in layout.shards)
+        digests = bytes(arena[layout.digests_offset : layout.digests_offset + 32 * chunks])
+        self._beside(
+            task,
+            job,
+            lambda: commit.commit(self._store, job, layout, receipts=receipts, digests=digests, state=state).to_json(),
+        )
+
+    def check(self, task: int, job: SaveJob) -> None:
+        """Is the step taken?"""
+
+        def work() -> dict[str, Any]:
+            taken = commit.exists(self._store, job)
+            if taken and job.on_exists == "raise":
+                raise errors.CheckpointConflictError(
+                    "the step exists already, written by another attempt", step=job.step, attempt=job.attempt
+                )
+            return {"exists": taken}
+
+        self._beside(task, job, work)
+
+    def abandon(self, task: int, job: SaveJob) -> None:
+        """Remove what the attempt stored."""
+
+        def work() -> dict[str, Any]:
+            commit.abandon(self._store, job)
+            return {}
+
+        self._beside(task, job, work)
+
+    def retain(self, task: int, job: SaveJob) -> None:
+        """Apply the rules of retention."""
+        self._beside(
+            task, job, lambda: {"removed": retention.retain(self._store, self._rules, known_pinned=self._pinned)}
+        )
+
+    def _beside(self, task: int, job: SaveJob, work: Callable[[], dict[str, Any]]) -> None:
+        def run() -> None:
+            try:
+                self._reply(task, "done", work())
+            except Exception as error:  # noqa: BLE001 - every failure is the task's answer
+                self._fail(task, job, error)
+
+        self._pipeline.run(run)
+
+    def _fail(self, task: int, job: SaveJob, error: BaseException) -> None:
+        if isinstance(error, errors.CheckpointError):
+            error.at(step=job.step, attempt=job.attempt)
+        self._reply(task, "failed", errors.to_json(error))
+
+
+class _Worker:
+    """A forked worker: messages in, tasks done, replies out."""
+
+    def __init__(self, channel: Channel, hello: dict[str, Any], rules: Sequence[KeepRule]) -> None:
+        self._channel = channel
+        self._beat_at = 0.0
+        options = S3Options.from_json(hello["s3"]) if hello["s3"] else None
+        store = open_store(hello["url"], options, progress=self.beat, on_retry=self._retried)
+        pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
+        self._runner = TaskRunner(store, rules, pipeline, self._answer)
+        self._arenas: dict[int, mmap.mmap] = {}
+
+    def serve(self) -> None:
+        while (messages := self._channel.receive()) is not None:
+            for message, fds in messages:
+                try:
+                    getattr(self, "_on_" + message["op"])(message, fds)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self._beat_at > BEAT_S:
+            self._beat_at = now
+            self._channel.send({"op": "beat"})
+
+    def _on_structure(self, message: dict[str, Any], fds: list[int]) -> None:
+        self._runner.add_structure(message["structure"], Structure.from_json(json.loads(read_memory_file(fds[0]))))
+
+    def _on_forget_structure(self, message: dict[str, Any], _: list[int]) -> None:
+        self._runner.forget_structure(message["structure"])
+
+    def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
+        self._arenas[message["arena"]] = mmap.mmap(fds[0], message["bytes"])
+
+    def _on_forget_arena(self, message: dict[str, Any], _: list[int]) -> None:
+        memory = self._arenas.pop(message["arena"], None)
+        if memory is not None:
+            with contextlib.suppress(BufferError):  # a view still lives: the map goes with it
+                memory.close()
+
+    def _on_task(self, message: dict[str, Any], fds: list[int]) -> None:
+        task, job = message["task"], SaveJob.from_json(message["job"])
+        if message["kind"] == "shard":
+            self._runner.shard(task, job, message["shard"], memoryview(self._arenas[job.arena]))
+        elif message["kind"] == "commit":
+            receipts = [ShardReceipt.from_json(row) for row in message["receipts"]]
+            self._runner.commit(task, job, receipts, memoryview(self._arenas[job.arena]), read_memory_file(fds[0]))
+        else:
+            getattr(self._runner, message["kind"])(task, job)
+
+    def _answer(self, task: int, kind: str, data: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
+            self._channel.send({"op": kind, "task": task, "data": data})
+
+    def _retried(self, event: StoreRetried) -> None:
+        data = {name: getattr(event, name) for name in StoreRetried.__slots__}
+        self._answer(-1, "retried", data)
+
+
+def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepRule], service_pid: int) -> None:
+    """The life of a forked worker; never returns to the service's code."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != service_pid:
+        os._exit(1)
+    close_all_but(sock.fileno())
+    os.nice(hello["nice"])
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sock.setblocking(True)
+    _Worker(Channel(sock), hello, rules).serve()
+
+
+def close_all_but(keep: int) -> None:
+    """Close every descriptor above stderr but one: an inherited socket would keep its other end from seeing our siblings' end."""
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        fd = int(entry.name)
+        if fd > 2 and fd != keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)

@@ -1,0 +1,1 @@
+"""What is stored, byte by byte: pure functions, no I/O, no torch. `FORMAT.md` is the specification."""

@@ -1,0 +1,278 @@
+"""One save from the state to the engine: flatten, plan, take an arena, snapshot, hand over; and the answer's way back."""
+
+import collections
+import functools
+import itertools
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import asyncckpt
+from asyncckpt import errors, events
+from asyncckpt.engine.arena import Arena, ArenaPool
+from asyncckpt.engine.client import Listener, ServiceEngine
+from asyncckpt.engine.inline import InlineEngine
+from asyncckpt.engine.job import CommitOutcome, SaveJob
+from asyncckpt.events import SaveReport
+from asyncckpt.format.plan import Plan, Structure, plan
+from asyncckpt.options import Codec, OnExists
+from asyncckpt.save import Ledger, Save
+from asyncckpt.state.snapshot import Copier, Copy
+from asyncckpt.state.statefile import write_state
+from asyncckpt.state.tree import Flat, Flattener
+
+_MAX_STRUCTURES = 8
+
+Engine = ServiceEngine | InlineEngine
+StartEngine = Callable[[Listener, Callable[[], str]], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What the caller says about one save, beside the state."""
+
+    step: int
+    metrics: Mapping[str, float]
+    epoch: int | None
+    tags: tuple[str, ...]
+    pinned: bool
+    on_exists: OnExists
+    config: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    number: int
+    structure: Structure
+    plan: Plan
+
+
+@dataclass(slots=True)
+class _Flight:
+    save: Save
+    arena: Arena
+    job: SaveJob
+    copy: Copy | None = None
+
+
+class Launcher:
+    """Owns what saves need again and again: plans, arenas, the copier, the engine.
+
+    `overlap`: None overlaps when the state holds an optimizer. `start_engine` is called at the first save.
+    """
+
+    def __init__(
+        self,
+        start_engine: StartEngine,
+        ledger: Ledger,
+        hooks: events.Hooks,
+        *,
+        codec: Codec,
+        pending: int,
+        shared: bool,
+    ) -> None:
+        self.overlap: bool | None = None
+        self.pending = pending
+        self._start_engine = start_engine
+        self._ledger = ledger
+        self._hooks = hooks
+        self._codec: Codec = codec
+        self._run_id = secrets.token_hex(4)
+        self._attempts = itertools.count(1)
+        self._structures = itertools.count(1)
+        self._flattener = Flattener()
+        self._copier = Copier()
+        self._arenas = ArenaPool(pending, shared=shared)
+        self._plans: collections.OrderedDict[int, _Planned] = collections.OrderedDict()
+        self._flights: dict[int, _Flight] = {}
+        self._engine: Engine | None = None
+        self._probed = False
+        self._touching: list[threading.Thread] = []
+
+    def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
+        """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts."""
+        flat = self._flattener.flatten(state)
+        planned = self._plan(flat.structure)
+        arena = self._take(planned.plan, wait=wait)
+        if arena is None:
+            return None
+        save = self._ledger.open(request.step, started_s)
+        try:
+            engine = self._engine_started()
+            flight = self._flights[save._number] = _Flight(save, arena, self._job(save, planned, arena, request))
+            self._copier.copy(
+                flat,
+                planned.plan,
+                arena,
+                overlap=flat.has_optimizer if self.overlap is None else self.overlap,
+                started_s=started_s,
+                then=lambda copy: self._staged(flight, flat, planned.plan, engine, copy),
+            )
+        except BaseException as error:
+            if not save.done():
+                self._flights.pop(save._number, None)
+                self._arenas.give_back(arena)
+                self._ledger.forget(save, error)
+            raise
+        return save
+
+    def provide(self, state: Mapping[str, Any]) -> None:
+        """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""
+        planned = self._plan(self._flattener.flatten(state).structure)
+        self._engine_started()
+        fresh: list[Arena] = []
+        while len(fresh) < self.pending and (arena := self._take(planned.plan, wait=False)) is not None:
+            fresh.append(arena)
+        thread = threading.Thread(target=_touch, args=(fresh,), name="asyncckpt-touch", daemon=True)
+        thread.start()
+        self._touching.append(thread)
+        for arena in fresh:
+            self._arenas.give_back(arena)
+
+    def close(self, *, wait: bool) -> None:
+        """End the engine and free the arenas; saves without an answer are finished by the service."""
+        for thread in self._touching:
+            thread.join()
+        self._copier.close()
+        if self._engine is not None:
+            self._engine.close(wait=wait)
+        for arena in self._arenas.all():
+            self._copier.forget(arena)
+            arena.close()
+
+    def leave_in_child(self) -> None:
+        """In a forked child: let go of descriptors and maps, wait for nothing."""
+        for arena in self._arenas.all():
+            arena.leave_in_child()
+        if self._engine is not None:
+            self._engine.close_in_child()
+
+    # -- the engine's answers, on its thread
+
+    def ended(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
+        """A save has its answer."""
+        flight = self._flights.pop(number)
+        self._arenas.give_back(flight.arena)
+        report = None
+        if outcome is not None and outcome.result == "exists" and flight.job.on_exists == "raise":
+            error = errors.CheckpointConflictError(
+                "the step exists already, written by another attempt", step=flight.job.step
+            )
+        elif outcome is not None:
+            self._probed = self._probed or outcome.result == "committed"
+            report = _report(flight, outcome)
+        self._ledger.conclude(flight.save, report, error)
+
+    def event(self, event: events.Event) -> None:
+        """Something worth knowing happened."""
+        self._hooks(event)
+
+    # -- inside
+
+    def _staged(self, flight: _Flight, flat: Flat, layout: Plan, engine: Engine, copy: Copy) -> None:
+        # on the copy thread, or inside copy() when nothing was overlapped
+        flight.copy = copy
+        number = flight.save._number
+        if copy.error is not None:
+            self.overlap = (
+                False  # somebody writes behind the optimizer: from now on the snapshot is complete when save() returns
+            )
+            self.ended(number, None, copy.error)
+            return
+        try:
+            engine.submit(flight.job, layout, flight.arena, write_state(flat.values))
+        except Exception as error:  # noqa: BLE001 - it is this save's failure
+            self.ended(number, None, error)
+            return
+        flight.save._staged.set()
+        self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
+
+    def _engine_started(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._start_engine(self, self._next_attempt)
+        return self._engine
+
+    def _next_attempt(self) -> str:
+        return f"{self._run_id}-{next(self._attempts):06d}"
+
+    def _job(self, save: Save, planned: _Planned, arena: Arena, request: SaveRequest) -> SaveJob:
+        return SaveJob(
+            number=save._number,
+            step=request.step,
+            attempt=self._next_attempt(),
+            structure=planned.number,
+            arena=arena.number,
+            codec=self._codec,
+            time_s=time.time(),
+            epoch=request.epoch,
+            metrics=request.metrics,
+            config=request.config,
+            tags=request.tags,
+            pinned=request.pinned,
+            versions=_versions(),
+            world_size=torch.distributed.get_world_size() if distributed() else 1,
+            on_exists=request.on_exists,
+            probe=not self._probed,
+        )
+
+    def _plan(self, structure: Structure) -> _Planned:
+        known = self._plans.get(id(structure))
+        if known is None:
+            known = _Planned(next(self._structures), structure, plan(structure, codec=self._codec))
+            self._plans[id(structure)] = known
+            if len(self._plans) > _MAX_STRUCTURES:
+                _, oldest = self._plans.popitem(last=False)
+                if self._engine is not None and all(f.job.structure != oldest.number for f in self._flights.values()):
+                    self._engine.forget_structure(oldest.number)
+        return known
+
+    def _take(self, layout: Plan, *, wait: bool) -> Arena | None:
+        taken = self._arenas.take(layout.arena_bytes, wait=wait)
+        if taken is None:
+            return None
+        arena, replaced = taken
+        for old in replaced:
+            self._copier.forget(old)
+            if self._engine is not None:
+                self._engine.forget_arena(old)
+            old.close()
+        return arena
+
+
+def _report(flight: _Flight, outcome: CommitOutcome) -> SaveReport:
+    save, copy = flight.save, flight.copy
+    return SaveReport(
+        step=save.step,
+        call_s=save._call_s,
+        hook_wait_s=copy.hook_wait_s if copy else 0.0,
+        staged_s=copy.staged_s if copy else 0.0,
+        encode_s=outcome.encode_s,
+        upload_s=outcome.upload_s,
+        commit_s=outcome.commit_s,
+        total_s=save._age_s(),
+        raw_bytes=outcome.raw_bytes,
+        stored_bytes=outcome.stored_bytes,
+        retries=outcome.retries,
+        skipped="the step exists already" if outcome.result == "exists" else None,
+    )
+
+
+def _touch(arenas: list[Arena]) -> None:
+    for arena in arenas:
+        arena.touch()
+
+
+def distributed() -> bool:
+    """Whether torch.distributed runs in this process."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {"asyncckpt": asyncckpt.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,116 @@
+"""What a user may choose. Frozen, small, contradictions raise at once; a choice is never rewritten."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Codec = Literal["auto", "planes", "zstd", "none"]
+WhenFull = Literal["wait", "skip", "raise"]
+OnExists = Literal["skip", "raise"]
+EngineName = Literal["service", "inline"]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How long a store is asked again after transient failures.
+
+    Args:
+        deadline_s: Wall-clock seconds after which one request gives up (`DeadlineExceededError`). Ten minutes outlast
+            most incidents of S3; botocore's own retries give up after 2.2 s of 503s.
+        first_wait_s: Upper bound of the first wait; the bound doubles, each wait is drawn evenly below it ("full jitter").
+        max_wait_s: The bound stops doubling here.
+    """
+
+    deadline_s: float = 600.0
+    first_wait_s: float = 0.1
+    max_wait_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first_wait_s <= self.max_wait_s:
+            raise ValueError(f"need 0 < first_wait_s <= max_wait_s, not {self.first_wait_s} and {self.max_wait_s}")
+        if self.deadline_s < 0:
+            raise ValueError(f"deadline_s must not be negative, not {self.deadline_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """Where S3 is and how it is spoken to. Whatever is None comes from botocore's own chain.
+
+    Args:
+        endpoint_url: For S3-compatible stores; None is AWS or `AWS_ENDPOINT_URL_S3`.
+        region: AWS region.
+        profile: Profile of `~/.aws/config`; `credential_process` works too.
+        addressing_style: `"path"`, `"virtual"`, or None: path for an endpoint_url, virtual otherwise.
+        checksum: `"when_required"` (default: our BLAKE3 covers the bytes, and CRC32 costs up to 1 s of CPU a GB and breaks some
+            compatible stores) or `"when_supported"` (botocore's default).
+        sign_payload: Sign the body too (SHA-256, 0.5 s of CPU a GB). Always signed over plain http to a host that is not loopback
+            unless False is said. None: not signed over https and loopback.
+        single_writer: Promise that only one process writes below this prefix; needed where the store ignores `If-None-Match`.
+        retry: How long transient failures are retried.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    addressing_style: Literal["path", "virtual"] | None = None
+    checksum: Literal["when_required", "when_supported"] = "when_required"
+    sign_payload: bool | None = None
+    single_writer: bool = False
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the service; holds no credential."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "S3Options":
+        """Mirror of `to_json`."""
+        return cls(**{**data, "retry": RetryPolicy(**data["retry"])})
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLast:
+    """Retention: keep the newest `count` checkpoints."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"KeepLast keeps at least 1 checkpoint, not {self.count}")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvery:
+    """Retention: keep every checkpoint whose step is a multiple of `steps`."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"KeepEvery needs steps >= 1, not {self.steps}")
+
+
+KeepRule = KeepLast | KeepEvery
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Choose the checkpoint with the best `metric`; checkpoints without it do not compete, ties go to the newest."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f'mode is "min" or "max", not {self.mode!r}')
+
+    def rank(self, metrics: Mapping[str, float]) -> float | None:
+        """Lower is better; None does not compete (no such metric, or NaN)."""
+        value = metrics.get(self.metric)
+        if value is None or math.isnan(value):
+            return None
+        return value if self.mode == "min" else -value
+
+
+StepChoice = int | Literal["latest"] | Best

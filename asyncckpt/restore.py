@@ -1,0 +1,221 @@
+"""The front door to restoring: `restore` into objects, `load` without them.
+
+All or nothing: names, shapes, dtypes and every digest are checked before the first value reaches an object.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncckpt import errors, events
+from asyncckpt.engine.catalog import read_index, read_record, read_values
+from asyncckpt.engine.fetch import fetch
+from asyncckpt.engine.resolve import first_good
+from asyncckpt.format import keys
+from asyncckpt.format.index import Index
+from asyncckpt.format.record import Record
+from asyncckpt.options import S3Options, StepChoice
+from asyncckpt.progress import bar
+from asyncckpt.state import tree as trees
+from asyncckpt.state.dtypes import BY_NAME
+from asyncckpt.state.statefile import read_state
+from asyncckpt.state.stateful import plan_restore
+from asyncckpt.state.walk import VALUE
+from asyncckpt.store.base import Store
+from asyncckpt.store.opening import open_store
+
+SILENT = events.Hooks()
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was restored. `step`: optimizer steps completed."""
+
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+    config: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`restored`: None if there was nothing to choose from. `damaged`: steps that did not verify and were passed over."""
+
+    restored: Restored | None
+    damaged: tuple[int, ...] = ()
+
+
+def restore(
+    url: str | os.PathLike[str],
+    state: Any,
+    *,
+    step: StepChoice = "latest",
+    strict: bool = True,
+    store: S3Options | Store | None = None,
+    hooks: Sequence[events.Hook] = (),
+) -> Restored:
+    """Bring `state` (as it was given to `Saver.save`) back, in place.
+
+    `"latest"` and `Best` pass over a damaged checkpoint, with a warning that names what is wrong, to the next one; a step asked
+    for by number raises. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
+    and not downloaded. Raises `CheckpointNotFoundError`, `StateMismatchError` or a `CorruptCheckpointError`; the
+    state is then as it was.
+    """
+    with opened(url, store, hooks) as place:
+        restored = restore_from(place, state, step=step, strict=strict, hooks=events.Hooks(tuple(hooks))).restored
+    if restored is None:
+        raise errors.CheckpointNotFoundError(f"no checkpoint for step={step!r} at {os.fspath(url)}")
+    return restored
+
+
+def load(
+    url: str | os.PathLike[str],
+    *,
+    step: StepChoice = "latest",
+    prefix: str | None = None,
+    map_location: str | torch.device = "cpu",
+    store: S3Options | Store | None = None,
+    hooks: Sequence[events.Hook] = (),
+) -> Any:
+    """The state as nested containers of tensors and values; no objects are needed.
+
+    With `prefix`, a path such as `"model"` or `"optimizer/state"`, only that part, and only its bytes are downloaded. The
+    tensors of one call share one block of memory, which is freed with the last of them.
+    """
+    with opened(url, store, hooks) as place:
+        hook = events.Hooks(tuple(hooks))
+
+        def read(number: int) -> Any:
+            record = read_record(place, number)
+            return load_from(place, record, read_index(place, record), prefix, map_location=map_location, hooks=hook)
+
+        found = first_good(place, step, hook, read)
+    if found is None:
+        raise errors.CheckpointNotFoundError(f"no checkpoint for step={step!r} at {os.fspath(url)}")
+    return found[0]
+
+
+def restore_from(
+    store: Store, state: Any, *, step: StepChoice = "latest", strict: bool = True, hooks: events.Hooks = SILENT
+) -> Outcome:
+    """`restore` from an open store; without a checkpoint (or one that `Best` can choose from) nothing is restored."""
+
+    def read(number: int) -> Restored:
+        record = read_record(store, number)
+        index = read_index(store, record)
+        wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
+        tensors = fetch_tensors(store, index, wanted.paths, step=number, hooks=hooks)
+        wanted.apply(tensors.__getitem__)
+        return Restored(record.step, record.epoch, record.metrics, record.config)
+
+    found = first_good(store, step, hooks, read)
+    return Outcome(None) if found is None else Outcome(*found)
+
+
+def load_from(
+    store: Store,
+    record: Record,
+    index: Index,
+    prefix: str | None = None,
+    *,
+    map_location: str | torch.device = "cpu",
+    hooks: events.Hooks = SILENT,
+) -> Any:
+    """`load` of one checkpoint whose index was read."""
+    node = index.tree if prefix is None else _subtree(index.tree, prefix, record.step)
+    values = read_values_of(store, record) if _holds_values(node) else {}
+    paths = trees.leaves(node, prefix)
+    tensors = fetch_tensors(store, index, paths, step=record.step, hooks=hooks, map_location=map_location)
+    return trees.unflatten(node, tensors.__getitem__, values, prefix)
+
+
+def fetch_tensors(
+    store: Store,
+    index: Index,
+    paths: Iterable[str],
+    *,
+    step: int,
+    hooks: events.Hooks = SILENT,
+    map_location: str | torch.device = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Verified tensors by path, views of one block of memory; tied ones are one object."""
+    with bar(0, f"restoring step {step}") as shown:
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            hooks(events.BytesRestored(step, done_bytes, total_bytes))
+            shown.total = total_bytes
+            shown.update(done_bytes - shown.n)
+
+        fetched = fetch(store, index, paths, progress=progress)
+    made: dict[str, torch.Tensor] = {}
+    found = {}
+    for path, data in fetched.tensors.items():
+        target = index.aliases.get(path, path)
+        if target not in made:
+            made[target] = _tensor(data, index.tensors[target].dtype, index.tensors[target].shape).to(map_location)
+        found[path] = made[target]
+    return found
+
+
+@contextmanager
+def opened(
+    url: str | os.PathLike[str], store: S3Options | Store | None, hooks: Sequence[events.Hook] = ()
+) -> Iterator[Store]:
+    """The store at `url`, closed at the end unless it is the caller's own."""
+    if isinstance(store, Store):
+        with nullcontext(store) as place:
+            yield place
+        return
+    with closing(open_store(os.fspath(url), store, on_retry=events.Hooks(tuple(hooks)))) as place:
+        yield place
+
+
+def _tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if dtype not in BY_NAME:
+        raise errors.StateMismatchError(f"this version of torch ({torch.__version__}) has no dtype {dtype}")
+    kind = BY_NAME[dtype]
+    return torch.frombuffer(data, dtype=kind).reshape(shape) if len(data) else torch.empty(shape, dtype=kind)
+
+
+def _specs(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:
+    specs = {path: (tensor.dtype, tensor.shape) for path, tensor in index.tensors.items()}
+    return specs | {alias: specs[path] for alias, path in index.aliases.items()}
+
+
+def read_values_of(store: Store, record: Record) -> dict[str, Any]:
+    """Everything that is no tensor: path to value."""
+    values: dict[str, Any] = {}
+    for ref, data in zip(record.states, read_values(store, record), strict=True):
+        try:
+            values |= read_state(data)
+        except errors.CheckpointError as error:
+            error.at(step=record.step, key=ref.key, attempt=record.attempt)
+            raise
+    return values
+
+
+def _subtree(node: Any, prefix: str, step: int) -> Any:
+    for part in prefix.split("/"):
+        inner = next(iter(node.values())) if isinstance(node, dict) else None
+        if isinstance(inner, list):
+            inner = {keys.escape(number): item for number, item in enumerate(inner)}
+        if not isinstance(inner, dict) or part not in inner:
+            there = ", ".join(list(inner)[:20]) if isinstance(inner, dict) else "nothing"
+            raise errors.StateMismatchError(
+                f"the checkpoint has no {prefix!r}; beside {part!r} it has: {there}", step=step
+            )
+        node = inner[part]
+    return node
+
+
+def _holds_values(node: Any) -> bool:
+    if not isinstance(node, dict):
+        return bool(node == VALUE)
+    kind, inner = trees.one_item(node, "")
+    if kind == "scalar":
+        return True
+    return any(map(_holds_values, inner if isinstance(inner, list) else inner.values()))

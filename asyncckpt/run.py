@@ -1,0 +1,220 @@
+"""The front door to what exists: the checkpoints of a run, and one checkpoint."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from asyncckpt import errors
+from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record
+from asyncckpt.engine.commit import remove_folders
+from asyncckpt.engine.resolve import reading
+from asyncckpt.engine.verify import verify_objects
+from asyncckpt.export import Config, Names, export_huggingface, export_safetensors
+from asyncckpt.format import keys
+from asyncckpt.format.index import Index
+from asyncckpt.format.record import Record
+from asyncckpt.options import Best, S3Options
+from asyncckpt.restore import fetch_tensors, load_from, read_values_of
+from asyncckpt.store.base import Store
+from asyncckpt.store.opening import open_store
+
+
+class Checkpoint:
+    """One checkpoint. Its record and index are read when they are first needed, and kept.
+
+    Every method raises a `CorruptCheckpointError` if it meets damage, and `CheckpointNotFoundError` if the checkpoint was
+    removed meanwhile.
+    """
+
+    def __init__(self, store: Store, step: int) -> None:
+        self.step = step
+        """Optimizer steps completed."""
+        self._store = store
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint step={self.step}>"
+
+    @cached_property
+    def record(self) -> Record:
+        """Everything that the record holds."""
+        with reading(self._store, self.step):
+            return read_record(self._store, self.step)
+
+    @cached_property
+    def _index(self) -> Index:
+        record = self.record
+        with reading(self._store, self.step):
+            return read_index(self._store, record)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """As given to `save()`."""
+        return self.record.metrics
+
+    @property
+    def epoch(self) -> int | None:
+        """As given to `save()`."""
+        return self.record.epoch
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """As given to `save()`."""
+        return self.record.tags
+
+    @property
+    def config(self) -> Any:
+        """As given to the Saver."""
+        return self.record.config
+
+    @property
+    def time(self) -> float:
+        """When it was saved, in unix seconds."""
+        return self.record.time
+
+    def names(self) -> list[str]:
+        """Full paths of all tensors, tied ones included."""
+        return [*self._index.tensors, *self._index.aliases]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor by its full path, such as `model/layers.0.weight`; only its bytes are downloaded."""
+        if name not in self._index.tensors and name not in self._index.aliases:
+            raise errors.StateMismatchError(f"the checkpoint has no tensor {name!r}; see names()", step=self.step)
+        return self._tensors([name])[name]
+
+    def load(self, prefix: str | None = None, *, map_location: str | torch.device = "cpu") -> Any:
+        """The state, or the part below `prefix`, as nested containers; see `asyncckpt.load`."""
+        index = self._index
+        with reading(self._store, self.step):
+            return load_from(self._store, self.record, index, prefix, map_location=map_location)
+
+    def verify(self) -> None:
+        """Read every byte that is stored, and check it; returns if all is well. Memory is bounded, not the state's size."""
+        index = self._index
+        with reading(self._store, self.step):
+            read_values_of(self._store, self.record)
+            verify_objects(self._store, index)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: Literal["safetensors", "huggingface"] = "safetensors",  # noqa: A002 - the word that users know
+        *,
+        dtype: str | torch.dtype | None = None,
+        prefix: str | None = None,
+        strip: str = "",
+        config: Config | None = None,
+    ) -> None:
+        """Write tensors for other libraries: one `.safetensors` file, or a folder that `transformers` loads.
+
+        Args:
+            path: The file, which is replaced atomically, or the folder, which must not exist or be empty.
+            format: Which of the two.
+            dtype: Cast floating tensors, e.g. `"bfloat16"`; None keeps them as they are.
+            prefix: The part of the state to write, e.g. `"model"`, which does not become part of the names. None: `model` if there
+                is such a group, else everything.
+            strip: Taken off the beginning of every name that has it, such as `"module."`.
+            config: `config.json` of the folder: a dict, or an object with `to_dict()`, such as `model.config`.
+
+        Tied tensors are written once. Nothing is left at `path` if it fails.
+        """
+        names = Names.of(self._index, prefix=prefix, strip=strip, step=self.step)
+        with reading(self._store, self.step):
+            if format == "safetensors":
+                export_safetensors(self._tensors, names, path, dtype=dtype)
+            elif format == "huggingface":
+                export_huggingface(self._tensors, names, path, dtype=dtype, config=config)
+            else:
+                raise ValueError(f'format is "safetensors" or "huggingface", not {format!r}')
+
+    def _tensors(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+        index = self._index
+        with reading(self._store, self.step):
+            return fetch_tensors(self._store, index, paths, step=self.step)
+
+
+class Run:
+    """The checkpoints below one URL. `store`: `S3Options`, or a Store of your own."""
+
+    def __init__(self, url: str | os.PathLike[str], *, store: S3Options | Store | None = None) -> None:
+        self.url = os.fspath(url)
+        self._own = not isinstance(store, Store)
+        self._store = store if isinstance(store, Store) else open_store(self.url, store)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give connections back. Checkpoints of this run cannot be read afterwards."""
+        if self._own:
+            self._store.close()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that are not marked as damaged, by step. One LIST; records are read when they are asked for."""
+        return [Checkpoint(self._store, step) for step in find_checkpoints(self._store).good]
+
+    def latest(self) -> Checkpoint | None:
+        """The one with the highest step, or None."""
+        return next(reversed(self.checkpoints()), None)
+
+    def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
+        """The one with the best metric; without it or with NaN a checkpoint does not compete, ties go to the newest."""
+        choice = Best(metric, mode)
+        ranked = [checkpoint for checkpoint in self._readable() if choice.rank(checkpoint.metrics) is not None]
+        return min(ranked, key=lambda one: (choice.rank(one.metrics), -one.step), default=None)
+
+    def get(self, step: int) -> Checkpoint:
+        """The one of this step, also if it is marked as damaged; `CheckpointNotFoundError` if there is none."""
+        checkpoint = Checkpoint(self._store, step)
+        _ = checkpoint.record
+        return checkpoint
+
+    def rewind(self, step: int) -> list[int]:
+        """Delete every checkpoint newer than `step`, for good, newest first; the steps that were removed.
+
+        Raises `CheckpointNotFoundError`, and deletes nothing, if `step` does not exist. No Saver may be writing.
+        """
+        self.get(step)
+        found = find_checkpoints(self._store)
+        steps = sorted((*found.good, *found.marked))
+        doomed = [newer for newer in reversed(steps) if newer > step]
+        kept = self._folders_of([older for older in steps if older <= step])
+        for newer in doomed:
+            folders = self._folders_of([newer])
+            # the record first: half a deletion leaves objects without a record, never the reverse
+            self._store.delete([keys.record_key(newer)])
+            self._store.delete([keys.damaged_key(newer)])
+            if kept is not None and folders is not None:
+                remove_folders(self._store, sorted(folders - kept))
+        return doomed
+
+    def _folders_of(self, steps: Sequence[int]) -> set[str] | None:
+        """The folders that these records name; None if one cannot be read, for then nobody knows."""
+        folders: set[str] = set()
+        for step in steps:
+            try:
+                folders.update(read_record(self._store, step).folders)
+            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError):
+                return None
+            except errors.CheckpointNotFoundError:
+                continue
+        return folders
+
+    def _readable(self) -> Iterator[Checkpoint]:
+        for checkpoint in self.checkpoints():
+            try:
+                _ = checkpoint.record
+            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError, errors.CheckpointNotFoundError):
+                continue
+            yield checkpoint

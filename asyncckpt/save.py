@@ -1,0 +1,170 @@
+"""The handle of one save, as the training loop holds it, and the ledger of all of them."""
+
+import itertools
+import logging
+import threading
+import time
+import warnings
+
+from asyncckpt.errors import CheckpointError, SaveFailedError
+from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
+
+_LOG = logging.getLogger("asyncckpt")
+
+
+class Save:
+    """One save on its way. Thread-safe; made by `Saver.save`."""
+
+    def __init__(self, step: int, number: int, started_s: float) -> None:
+        self.step = step
+        self._number = number
+        self._started_s = started_s
+        self._call_s = 0.0
+        self._staged = threading.Event()
+        self._ended = threading.Event()
+        self._report: SaveReport | None = None
+        self._error: BaseException | None = None
+        self._delivered = False
+
+    def __repr__(self) -> str:
+        state = "in flight" if not self.done() else "failed" if self._error else "done"
+        return f"<Save step={self.step} {state}>"
+
+    def done(self) -> bool:
+        """Whether the save has ended: committed, skipped or failed."""
+        return self._ended.is_set()
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait until the checkpoint exists, and tell how it went.
+
+        Raises the save's own typed error if it failed, each time it is called. `TimeoutError` after `timeout` seconds; the save goes on.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the save of step {self.step} is not committed after {timeout} s; it goes on")
+        if self._error is not None:
+            self._delivered = True
+            raise self._error
+        assert self._report is not None
+        return self._report
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Wait until the snapshot is complete, so that the state may be changed by hand. `TimeoutError` after `timeout` seconds.
+
+        Raises the save's own error if the snapshot failed.
+        """
+        if not self._staged.wait(timeout):
+            raise TimeoutError(f"the snapshot of step {self.step} is not complete after {timeout} s; it goes on")
+        if self._ended.is_set() and self._error is not None:
+            self._delivered = True
+            raise self._error
+
+    def _conclude(self, report: SaveReport | None, error: BaseException | None) -> None:
+        if isinstance(error, CheckpointError):
+            error.at(step=self.step)
+        self._report = report
+        self._error = error
+        self._staged.set()
+        self._ended.set()
+
+    def _age_s(self) -> float:
+        return time.perf_counter() - self._started_s
+
+
+class Ledger:
+    """Every save of a Saver: which are in flight, which failed, and what the caller has not been told yet. Thread-safe."""
+
+    def __init__(self, hooks: Hooks, max_failed_saves: int | None) -> None:
+        self._hooks = hooks
+        self._max_failed_saves = max_failed_saves
+        self._changed = threading.Condition()
+        self._numbers = itertools.count(1)
+        self._open: dict[int, Save] = {}
+        self._failed: list[Save] = []
+        self._notices: list[str] = []
+        self._failed_in_row = 0
+        self.skipped_saves = 0
+
+    def open(self, step: int, started_s: float) -> Save:
+        """A new save begins."""
+        with self._changed:
+            save = Save(step, next(self._numbers), started_s)
+            self._open[save._number] = save
+            return save
+
+    def forget(self, save: Save, error: BaseException) -> None:
+        """The save never started; whoever asked for it is told by the exception on its way."""
+        save._delivered = True
+        save._conclude(None, error)
+        with self._changed:
+            self._open.pop(save._number, None)
+
+    def conclude(self, save: Save, report: SaveReport | None, error: BaseException | None) -> None:
+        """A save ended: remember, log one line, tell the hooks."""
+        save._conclude(report, error)
+        if error is not None:
+            self._notices.append(f"the save of step {save.step} failed: {type(error).__name__}: {error}")
+            _LOG.error("step %d: save failed: %s: %s", save.step, type(error).__name__, error)
+            event: Event = SaveFailed(save.step, error)
+        else:
+            assert report is not None
+            event = self._succeeded(save, report)
+        with self._changed:
+            self._open.pop(save._number, None)
+            if error is not None:
+                self._failed.append(save)
+                self._failed_in_row += 1
+            self._changed.notify_all()
+        self._hooks(event)
+
+    def _succeeded(self, save: Save, report: SaveReport) -> Event:
+        if report.skipped:
+            self.skipped_saves += 1
+            self._notices.append(f"the save of step {save.step} was skipped: {report.skipped}")
+            _LOG.warning("step %d: save skipped: %s", save.step, report.skipped)
+            return SaveSkipped(save.step, report.skipped)
+        self._failed_in_row = 0
+        ratio = report.stored_bytes / report.raw_bytes if report.raw_bytes else 1.0
+        _LOG.info(
+            "step %d: committed in %.2f s (call %.1f ms, staged %.0f ms), %.1f MB stored, ratio %.3f, %d retries",
+            *(save.step, report.total_s, report.call_s * 1e3, report.staged_s * 1e3, report.stored_bytes / 1e6, ratio),
+            report.retries,
+        )
+        return SaveCommitted(report)
+
+    def report_earlier(self, step: int) -> None:
+        """Warn of what failed or was skipped since the last call; raise when too many failed in a row."""
+        notices, self._notices = self._notices, []
+        if self._max_failed_saves is not None and self._failed_in_row >= self._max_failed_saves:
+            self._raise_failures(f"{self._failed_in_row} saves in a row failed before step {step}")
+        for notice in notices:
+            warnings.warn(notice, RuntimeWarning, stacklevel=3)
+
+    @property
+    def in_flight(self) -> list[Save]:
+        """Saves without an answer."""
+        with self._changed:
+            return list(self._open.values())
+
+    def wait(self, timeout: float | None) -> None:
+        """Until every save made so far has ended; then raise what failed and was not raised before."""
+        waiting = self.in_flight
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for save in waiting:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not save._ended.wait(left):
+                raise TimeoutError(f"the save of step {save.step} is not committed after {timeout} s; it goes on")
+        self._raise_failures("")
+
+    def _raise_failures(self, reason: str) -> None:
+        with self._changed:
+            failed, self._failed = [save for save in self._failed if not save._delivered], []
+        if not failed:
+            if reason:
+                raise CheckpointError(f"{reason}, and max_failed_saves is {self._max_failed_saves}")
+            return
+        for save in failed:
+            save._delivered = True
+        self._notices.clear()
+        raise SaveFailedError({save.step: save._error for save in failed if save._error is not None}) from failed[
+            0
+        ]._error

@@ -1,0 +1,331 @@
+"""The front door to saving: `Saver`.
+
+`save()` flattens the state, takes an arena, snapshots into it and returns; the engine does the rest in the background.
+"""
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from asyncckpt import errors, events, progress
+from asyncckpt.engine.arena import has_memory_files
+from asyncckpt.engine.client import EngineOptions, Listener, ServiceEngine
+from asyncckpt.engine.commit import mark_damaged
+from asyncckpt.engine.inline import InlineEngine
+from asyncckpt.engine.retention import recorded_steps
+from asyncckpt.events import SaveReport
+from asyncckpt.launch import Launcher, SaveRequest, distributed
+from asyncckpt.options import Codec, EngineName, KeepRule, OnExists, S3Options, StepChoice, WhenFull
+from asyncckpt.restore import Restored, restore_from
+from asyncckpt.save import Ledger, Save
+from asyncckpt.store.base import Store
+from asyncckpt.store.opening import open_store
+
+_LOG = logging.getLogger("asyncckpt")
+_MAX_WORKERS = 8
+_savers: "weakref.WeakSet[Saver]" = weakref.WeakSet()
+
+
+class Saver:
+    """Checkpoints of one training run, below one URL.
+
+    Args:
+        url: `s3://bucket/prefix`, `file:///path`, a plain path, or `memory://name`.
+        keep: Rules of retention (`KeepLast`, `KeepEvery`); a checkpoint stays if any rule keeps it. Empty keeps all.
+        codec: `"auto"` (byte planes and zstd), `"planes"`, `"zstd"` or `"none"`.
+        workers: Worker processes; default: the usable cores over `LOCAL_WORLD_SIZE`, at most 8.
+        overlap: Whether `save()` may return while optimizer-owned tensors are still copied; `optimizer.step()` then waits for the copy.
+            None: yes when the state holds an optimizer. It notices most, but not all, other writers (a write that restores both the
+            version and the sampled word of every tensor goes unseen): a loop that changes parameters without an optimizer either says
+            `overlap=False` or calls `wait_staged()` first.
+        pending: How many snapshots may be in flight; each takes host memory of one state.
+        when_full: What `save()` does when all are in flight: `"wait"`, `"skip"` (counted and reported) or `"raise"` (`QueueFullError`).
+        on_exists: A step that is committed already: `"skip"` (reported) or `"raise"` (`CheckpointConflictError`).
+        max_failed_saves: So many failed saves in a row make `save()` raise; None never does.
+        config: JSON-able description of the run, kept in every record.
+        store: `S3Options`, or a Store of your own (then the engine is in-process).
+        engine: `"service"` (a process that outlives this one) or `"inline"`; None chooses the service where it can run.
+        hooks: Called with every event, see `asyncckpt.events`.
+
+    A Saver belongs to one process and may be used from several threads. With `torch.distributed` initialised, rank 0 writes
+    the replicated state and `save()` returns at once on the others.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        keep: Sequence[KeepRule] = (),
+        codec: Codec = "auto",
+        workers: int | None = None,
+        overlap: bool | None = None,
+        pending: int = 1,
+        when_full: WhenFull = "wait",
+        on_exists: OnExists = "skip",
+        max_failed_saves: int | None = None,
+        config: Any = None,
+        store: S3Options | Store | None = None,
+        engine: EngineName | None = None,
+        hooks: Sequence[events.Hook] = (),
+    ) -> None:
+        _check_choices(codec=codec, when_full=when_full, on_exists=on_exists, engine=engine)
+        if pending < 1 or (workers is not None and workers < 1):
+            raise ValueError("pending and workers are at least 1")
+        self.url = os.fspath(url)
+        self._when_full = when_full
+        self._on_exists: OnExists = on_exists
+        self._config = config
+        self._hooks = events.Hooks(tuple(hooks))
+        self._keep = tuple(keep)
+        self._workers = workers or default_workers()
+        self._custom = store if isinstance(store, Store) else None
+        self._s3 = store if isinstance(store, S3Options) else None
+        self._engine_name = _choose_engine(self.url, engine, self._custom)
+        self._store = self._custom or open_store(self.url, self._s3, on_retry=self._hooks)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._ledger = Ledger(self._hooks, max_failed_saves)
+        self._launcher = Launcher(
+            self._start_engine,
+            self._ledger,
+            self._hooks,
+            codec=codec,
+            pending=pending,
+            shared=self._engine_name == "service",
+        )
+        self._launcher.overlap = overlap
+        self._closed = False
+        _savers.add(self)
+
+    # -- saving
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        epoch: int | None = None,
+        tags: Sequence[str] = (),
+        pin: bool = False,
+    ) -> Save:
+        """Save `state` as checkpoint `step` (optimizer steps completed) in the background.
+
+        Returns at once when the state holds optimizers and overlap is on; what an optimizer owns may then not be changed but
+        by its `step()`, until `wait_staged()`. Otherwise returns when the snapshot is complete. Blocks, too, while all arenas
+        are in flight (`when_full="wait"`). `metrics`: numbers by name, for `Best`. `pin`: retention never removes it.
+
+        Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, `QueueFullError` with
+        `when_full="raise"`, and never the failure of an earlier save, of which it warns.
+        """
+        started_s = time.perf_counter()
+        self._check_usable()
+        request = self._request(step, metrics, epoch, tags, pin=pin)
+        self._ledger.report_earlier(step)
+        if _rank() != 0:
+            save = Save(step, 0, started_s)
+            save._conclude(SaveReport(step, skipped="rank 0 writes replicated state"), None)
+            return save
+        with self._lock:
+            launched = self._launcher.launch(state, request, started_s=started_s, wait=self._when_full == "wait")
+        if launched is None:
+            return self._full(step, started_s)
+        launched._call_s = time.perf_counter() - started_s
+        return launched
+
+    def wait(self, timeout: float | None = None) -> None:
+        """The barrier: every save so far is committed or was skipped, or `SaveFailedError` says which is not, and why.
+
+        `TimeoutError` after `timeout` seconds; the saves go on. Shows a progress bar on a terminal.
+        """
+        self._check_usable()
+        with progress.saving(self._ledger, self._hooks):
+            self._ledger.wait(timeout)
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Wait until every snapshot is complete: afterwards the state may be changed in any way."""
+        self._check_usable()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for save in self._ledger.in_flight:
+            save.wait_staged(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Do ahead what the first save would do: check and plan the state, start the service, make and touch the arenas.
+
+        Optional; returns before the pages are touched. Call it when the optimizer holds its state already (or after the first step).
+        """
+        self._check_usable()
+        if _rank() != 0:
+            return
+        with self._lock:
+            self._launcher.provide(state)
+
+    # -- restoring
+
+    def restore(self, state: Mapping[str, Any], *, step: StepChoice = "latest", strict: bool = True) -> Restored | None:
+        """Load a checkpoint into the objects of `state`, in place and verified; None if there is none yet.
+
+        All or nothing: names, shapes, dtypes and every digest are checked before a value is changed. A damaged `latest` is set aside
+        with a warning and the one before is taken; a step asked for by number raises. After restoring a step below the newest, saving a
+        step that exists raises, so that a branch is never lost silently; `Run.rewind` takes the newer ones away.
+        """
+        self._check_usable()
+        found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks)
+        if _rank() == 0:
+            for damaged in found.damaged:
+                mark_damaged(self._store, damaged)
+        if found.restored is not None and any(
+            taken > found.restored.step for taken in recorded_steps(self._store) if taken not in found.damaged
+        ):
+            self._on_exists = "raise"
+        return found.restored
+
+    # -- the end
+
+    def close(self) -> None:
+        """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before."""
+        self._check_process()
+        if self._closed:
+            return
+        try:
+            self.wait()
+        finally:
+            self._shut(wait=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() != self._pid or self._closed:
+            return
+        if kind is None:
+            self.close()
+            return
+        # the body failed: its error matters more. What was saved is handed over; the service goes on without us.
+        self._leave()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Saver belongs to one process and cannot be pickled; make another from its url")
+
+    @property
+    def skipped_saves(self) -> int:
+        """How many saves stored nothing, because the step existed or the queue was full."""
+        return self._ledger.skipped_saves
+
+    # -- inside
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.ForkedSaverError("a Saver belongs to the process that made it; make another in the child")
+
+    def _check_usable(self) -> None:
+        self._check_process()
+        if self._closed:
+            raise errors.CheckpointError("this Saver is closed")
+
+    def _request(
+        self, step: int, metrics: Mapping[str, float] | None, epoch: int | None, tags: Sequence[str], *, pin: bool
+    ) -> SaveRequest:
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**10:
+            raise ValueError(
+                f"step is the number of optimizer steps completed, a whole number below 10**10, not {step!r}"
+            )
+        if isinstance(tags, str):
+            raise TypeError("tags is a sequence of strings, not one string")
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        return SaveRequest(step, numbers, epoch, tuple(tags), pin, self._on_exists, self._config)
+
+    def _full(self, step: int, started_s: float) -> Save:
+        reason = f"all {self._launcher.pending} snapshot(s) are in flight"
+        if self._when_full == "raise":
+            raise errors.QueueFullError(reason, step=step)
+        save = self._ledger.open(step, started_s)
+        self._ledger.conclude(save, SaveReport(step, skipped=f'{reason} and when_full="skip"'), None)
+        return save
+
+    def _start_engine(self, listener: Listener, next_attempt: Callable[[], str]) -> ServiceEngine | InlineEngine:
+        if self._engine_name == "service":
+            options = EngineOptions(self.url, self._s3, self._workers, self._keep)
+            return ServiceEngine(options, listener, next_attempt)
+        return InlineEngine(self._store, self._keep, listener)
+
+    def _leave(self) -> None:
+        """Hand over what is staged and go; the in-process engine must finish first."""
+        for save in self._ledger.in_flight:
+            save._staged.wait()
+        if self._engine_name == "inline":
+            for save in self._ledger.in_flight:
+                save._ended.wait()
+        elif in_flight := self._ledger.in_flight:
+            steps = ", ".join(str(save.step) for save in in_flight)
+            _LOG.warning("leaving while step(s) %s are on their way; the checkpoint service finishes them", steps)
+        self._shut(wait=False)
+
+    def _shut(self, *, wait: bool) -> None:
+        self._closed = True
+        self._launcher.close(wait=wait)
+        if self._custom is None:
+            self._store.close()
+
+
+def default_workers() -> int:
+    """The usable cores, divided among the ranks of this host, at most 8 and at least 1."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // max(1, ranks)))
+
+
+def _choose_engine(url: str, engine: EngineName | None, custom: Store | None) -> EngineName:
+    if custom is not None or url.startswith("memory:"):
+        if engine == "service":
+            raise ValueError("a store that lives in this process needs the in-process engine: leave engine out")
+        return "inline"
+    if engine is not None:
+        return engine
+    if has_memory_files() and sys.executable:
+        return "service"
+    _LOG.warning(
+        "no memory files or no interpreter to start: saving on threads of this process, slower beside a busy main thread"
+    )
+    return "inline"
+
+
+def _check_choices(**choices: Any) -> None:
+    allowed = {
+        "codec": ("auto", "planes", "zstd", "none"),
+        "when_full": ("wait", "skip", "raise"),
+        "on_exists": ("skip", "raise"),
+        "engine": (None, "service", "inline"),
+    }
+    for name, choice in choices.items():
+        if choice not in allowed[name]:
+            raise ValueError(f"{name} is one of {allowed[name]}, not {choice!r}")
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if distributed() else 0
+
+
+def _forked() -> None:
+    for saver in _savers:
+        saver._launcher.leave_in_child()
+
+
+def _drain_at_exit() -> None:
+    for saver in list(_savers):
+        if saver._pid == os.getpid() and not saver._closed:
+            saver._leave()
+
+
+os.register_at_fork(after_in_child=_forked)
+atexit.register(_drain_at_exit)

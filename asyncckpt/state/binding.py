@@ -1,0 +1,97 @@
+"""What is known of the live tensors of a structure between two saves."""
+
+from dataclasses import dataclass
+from itertools import chain, compress
+from operator import call, is_
+from typing import Any
+from weakref import ref
+
+import torch
+
+from asyncckpt.state.dtypes import complaint
+from asyncckpt.state.walk import Walk
+
+_FEW = 256
+
+
+@dataclass(slots=True)
+class Binding:
+    """What is known of the live tensors of one structure. Weak: a model that was dropped must not stay in memory."""
+
+    refs: list[ref[torch.Tensor]]
+    devices: list[torch.device]
+    owned: list[int]  # ids of the optimizers' parameters
+    ties: tuple[tuple[int, int], ...]  # (leaf, earlier leaf that is stored for it)
+    stored: list[bool]  # per leaf: not tied to an earlier one
+    resolved: tuple[int, ...]  # leaves with a conj or neg bit
+    flags: list[bool]  # overlappable, per leaf
+    overlappable: tuple[bool, ...]  # per stored tensor
+
+    def holds(self, leaves: list[torch.Tensor], owned: list[int]) -> bool:
+        """Still true for these leaves? A few new tensors that nothing is known of (generator states) are taken in."""
+        if owned != self.owned or [leaf.device for leaf in leaves] != self.devices:
+            return False
+        if any(_view(leaves[a]) != _view(leaves[b]) for a, b in self.ties if leaves[a] is not leaves[b]):
+            return False
+        if all(map(is_, map(call, self.refs), leaves)):
+            return True
+        new = [at for at, (known, leaf) in enumerate(zip(self.refs, leaves, strict=True)) if known() is not leaf]
+        special = {*self.resolved, *chain.from_iterable(self.ties)}
+        if len(new) > _FEW or any(self.flags[at] or at in special for at in new):
+            return False
+        if any(complaint(leaves[at]) or leaves[at].is_conj() or leaves[at].is_neg() for at in new):
+            return False
+        for at in new:
+            self.refs[at] = ref(leaves[at])
+        return True
+
+
+def bind(walk: Walk, owned: list[int]) -> Binding:
+    """Look at all tensors of a walk, which were found storable. `owned`: ids of the optimizers' parameters."""
+    leaves = walk.leaves
+    resolved = tuple(at for at, leaf in enumerate(leaves) if leaf.is_conj() or leaf.is_neg())
+    ties = _ties(leaves)
+    tied = {leaf for leaf, _ in ties}
+    stored = [at not in tied for at in range(len(leaves))]
+    owners = walk.owned_memory()
+    cuda = any(leaf.is_cuda for leaf in leaves)
+    flags = [
+        (leaf.is_cuda or (leaf.is_cpu and not cuda))
+        and (leaf.data_ptr(), leaf.numel()) in owners
+        and not leaf.is_inference()
+        for leaf in leaves
+    ]
+    for at in resolved:
+        flags[at] = False
+    return Binding(
+        refs=list(map(ref, leaves)),
+        devices=[leaf.device for leaf in leaves],
+        owned=owned,
+        ties=ties,
+        stored=stored,
+        resolved=resolved,
+        flags=flags,
+        overlappable=tuple(compress(flags, stored)),
+    )
+
+
+def _ties(leaves: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    """Pairs (leaf, earlier leaf that is the same memory seen the same way)."""
+    first: dict[int, int] = {}
+    full: dict[Any, int] = {}
+    ties = []
+    for at, leaf in enumerate(leaves):
+        place = leaf.data_ptr() or -id(leaf)
+        before = first.setdefault(place, at)
+        if before != at:
+            full.setdefault(_view(leaves[before]), before)
+            same = full.setdefault(_view(leaf), at)
+            if same != at:
+                ties.append((at, same))
+    return tuple(ties)
+
+
+def _view(leaf: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are tied: the same memory, seen the same way."""
+    bits = (leaf.is_conj(), leaf.is_neg())
+    return (leaf.device, leaf.data_ptr() or id(leaf), leaf.dtype, leaf.shape, leaf.stride(), bits)

@@ -1,0 +1,134 @@
+"""Objects with `state_dict()`: found, unwrapped from their wrappers, and captured."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+_WRAPPERS = {
+    ("accelerate", "AcceleratedOptimizer"): "optimizer",
+    ("accelerate", "AcceleratedScheduler"): "scheduler",
+    ("lightning", "LightningOptimizer"): "_optimizer",
+    ("pytorch_lightning", "LightningOptimizer"): "_optimizer",
+    ("lightning", "_FabricModule"): "_original_module",
+    ("lightning", "_FabricOptimizer"): "_optimizer",
+    ("lightning_fabric", "_FabricModule"): "_original_module",
+    ("lightning_fabric", "_FabricOptimizer"): "_optimizer",
+}
+"""Package and class name, as no wrapper's package is imported, to the attribute that holds the wrapped object."""
+
+_COMPILED = "_orig_mod."
+
+
+def is_stateful(thing: Any) -> bool:
+    """Has it state to give and to take back?"""
+    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+
+
+def unwrap(thing: Any) -> Any:
+    """The object that a wrapper of DDP, `torch.compile`, accelerate or Lightning holds, so that names do not depend on it."""
+    while True:
+        if isinstance(thing, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            thing = thing.module
+        elif is_compiled(type(thing)):
+            thing = thing._orig_mod
+        elif attribute := _wrapper_attribute(type(thing)):
+            thing = getattr(thing, attribute)
+        else:
+            return thing
+
+
+def is_compiled(kind: type) -> bool:
+    """Is it the wrapper that `torch.compile(module)` returns?"""
+    return kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
+
+
+def _wrapper_attribute(kind: type) -> str | None:
+    for base in kind.__mro__:
+        found = _WRAPPERS.get((base.__module__.partition(".")[0], base.__name__))
+        if found:
+            return found
+    return None
+
+
+def capture_object(thing: Any) -> Any:
+    """What an object that is no module wants stored."""
+    return thing.state_dict()
+
+
+def capture_module(module: nn.Module) -> tuple[list[str], list[Any]]:
+    """Names and values of `module.state_dict(keep_vars=True)`, without the names' traces of `torch.compile`.
+
+    Modules that customise nothing are walked directly: the same result in a third of the time.
+    """
+    names: list[str] = []
+    children: list[Any] = []
+    if _plain_slots(module, "", names, children, {}):
+        return names, children
+    state = state_dict(module)
+    return list(clean_names(module, state).values()), list(state.values())
+
+
+def state_dict(module: nn.Module) -> dict[str, Any]:
+    """The module's own state dict, with the live tensors where it can give them."""
+    state: dict[str, Any]
+    state = module.state_dict(keep_vars=True) if _takes_keep_vars(module.state_dict) else module.state_dict()
+    return state
+
+
+def clean_names(module: nn.Module, state: Iterable[str]) -> dict[str, str]:
+    """Each key of a module's state dict to the key without the components that compiled submodules add."""
+    compiled = any(is_compiled(type(inner)) for inner in module.modules())
+    return {name: name.replace(_COMPILED, "") if compiled else name for name in state}
+
+
+def _takes_keep_vars(state_dict: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(state_dict).parameters
+    except (TypeError, ValueError):
+        return False
+    return "keep_vars" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _plain_slots(module: nn.Module, prefix: str, names: list[str], children: list[Any], seen: dict[type, bool]) -> bool:
+    """Append what `state_dict` would; False: something below customises it, and `names` are of no use."""
+    kind, inside = type(module), module.__dict__
+    plain = seen.get(kind)
+    if plain is None:
+        plain = seen[kind] = _is_plain(kind)
+    if _customised(inside):
+        return False
+    if is_compiled(kind):
+        return _plain_slots(inside["_modules"]["_orig_mod"], prefix, names, children, seen)
+    if not plain:
+        return False
+    for name, parameter in inside["_parameters"].items():
+        if parameter is not None:
+            names.append(prefix + name)
+            children.append(parameter)
+    if inside["_buffers"]:
+        passing = inside["_non_persistent_buffers_set"]
+        kept = [(n, buffer) for n, buffer in inside["_buffers"].items() if buffer is not None and n not in passing]
+        names += [prefix + name for name, _ in kept]
+        children += [buffer for _, buffer in kept]
+    inner = [(name, child) for name, child in inside["_modules"].items() if child is not None]
+    return all(_plain_slots(child, f"{prefix}{name}.", names, children, seen) for name, child in inner)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    return (
+        kind.state_dict is nn.Module.state_dict
+        and kind._save_to_state_dict is nn.Module._save_to_state_dict
+        and kind.get_extra_state is nn.Module.get_extra_state
+    )
+
+
+def _customised(inside: dict[str, Any]) -> bool:
+    """Do hooks or attributes of this instance, or its lack of the usual slots, change what `state_dict` gives?"""
+    return (
+        bool(inside.get("_state_dict_hooks", True) or inside.get("_state_dict_pre_hooks", True))
+        or "state_dict" in inside
+        or "_save_to_state_dict" in inside
+        or "get_extra_state" in inside
+    )

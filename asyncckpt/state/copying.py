@@ -1,0 +1,47 @@
+"""Exact copies between tensors."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+Getter = Callable[[str], torch.Tensor]
+"""Gives a restored tensor by its full path. It belongs to the restore: copy from it, never keep it."""
+
+
+def private(get: Getter) -> Getter:
+    """The same tensors as copies that an object may keep."""
+    return lambda path: get(path).clone()
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Do elements share memory (an expanded tensor)? `copy_` refuses those."""
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def copy_exact(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bit for bit, in place, whatever autograd thinks of `target`."""
+    with torch.inference_mode() if target.is_inference() else nullcontext(), torch.no_grad():
+        if not overlaps(target):
+            target.copy_(source)
+            return
+        for dimension, step in enumerate(target.stride()):
+            if step == 0 and target.shape[dimension] > 1:
+                target, source = target.narrow(dimension, 0, 1), _single(source, dimension)
+        target.copy_(source)
+
+
+def _single(source: torch.Tensor, dimension: int) -> torch.Tensor:
+    """The one slice that fills an expanded dimension."""
+    first = source.narrow(dimension, 0, 1)
+    if not bits_equal(first.expand_as(source), source):
+        raise ValueError("an expanded tensor has one value along a dimension where the checkpoint has several")
+    return first
+
+
+def bits_equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Same bytes: NaN equals the same NaN, and 0.0 differs from -0.0."""
+    if left.data_ptr() == right.data_ptr() and left.stride() == right.stride():
+        return True
+    left, right = left.cpu().contiguous(), right.cpu().contiguous()
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))

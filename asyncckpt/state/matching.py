@@ -1,0 +1,259 @@
+"""A state beside a checkpoint's tree: what differs, which tensors are needed, and what to do with them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from asyncckpt.errors import CorruptCheckpointError, StateMismatchError, UnsupportedObjectError
+from asyncckpt.format import keys
+from asyncckpt.state.capture import is_stateful, unwrap
+from asyncckpt.state.copying import Getter, copy_exact, private
+from asyncckpt.state.dtypes import dtype_name
+from asyncckpt.state.modules import ModuleLoad
+from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
+from asyncckpt.state.rng import RNG
+from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
+from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES
+
+Spec = tuple[str, tuple[int, ...]]
+"""dtype by torch's name ("bfloat16") and shape."""
+Place = Callable[[Getter], Any]
+"""Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
+
+_SHOWN = 20
+
+
+class Matching:
+    """Walks the state beside the checkpoint's tree; collects problems, the tensors needed and what to do."""
+
+    def __init__(self, specs: Mapping[str, Spec], values: Mapping[str, Any], *, strict: bool) -> None:
+        self.specs, self.values, self.strict = specs, values, strict
+        self.problems: list[str] = []
+        self.paths: dict[str, None] = {}
+        self.targets: list[tuple[torch.Tensor, str]] = []
+
+    def report(self) -> None:
+        """Raise if anything differs."""
+        if not self.problems:
+            return
+        shown = "".join(f"\n  {problem}" for problem in self.problems[:_SHOWN])
+        more = f"\n  and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
+        raise StateMismatchError(
+            f"the state and the checkpoint differ in {len(self.problems)} place(s); nothing was loaded:{shown}{more}\n"
+            "Build the state as it was when it was saved; strict=False skips names that only one side has"
+        )
+
+    def name(self, key: Any, path: str) -> str | None:
+        """The escaped key, or a problem."""
+        try:
+            return keys.escape(key)
+        except UnsupportedObjectError as error:
+            self.problems.append(f"{path}: {error}")
+            return None
+
+    def missing(self, path: str, why: str = "missing in the checkpoint") -> None:
+        """A name that only the state has."""
+        if self.strict:
+            self.problems.append(f"{path}: {why}")
+
+    def unexpected(self, path: str) -> None:
+        """A name that only the checkpoint has."""
+        if self.strict:
+            self.problems.append(f"{path}: unexpected, the state has no such name")
+
+    def need(self, node: Any, path: str) -> None:
+        """All tensors below will be asked for."""
+        for leaf in leaves(node, path):
+            self.spec(leaf)
+            self.paths[leaf] = None
+
+    def spec(self, path: str) -> Spec:
+        """Dtype and shape of a stored tensor."""
+        if path not in self.specs:
+            raise CorruptCheckpointError(f"the index names no tensor {path!r}", key=path)
+        return self.specs[path]
+
+    def compare(self, node: Any, path: str, dtype: str, shape: tuple[int, ...]) -> bool:
+        """Is there a tensor of this dtype and shape? If so it will be asked for."""
+        if node not in ("tensor", "ndarray"):
+            self.problems.append(f"{path}: a tensor in the state, {_kind(node)} in the checkpoint")
+            return False
+        stored_dtype, stored_shape = self.spec(path)
+        if tuple(stored_shape) != tuple(shape):
+            self.problems.append(f"{path}: shape {tuple(shape)} in the state, {tuple(stored_shape)} in the checkpoint")
+        elif stored_dtype != dtype:
+            self.problems.append(f"{path}: dtype {dtype} in the state, {stored_dtype} in the checkpoint")
+        else:
+            self.paths[path] = None
+            return True
+        return False
+
+    def place(self, target: Any, node: Any, path: str) -> Place:
+        """What restores `target` from `node`."""
+        if isinstance(target, torch.Tensor):
+            return self._tensor(target, node, path)
+        if isinstance(target, np.ndarray):
+            return self._array(target, node, path)
+        if is_stateful(target):
+            return self._object(target, unwrap(target), node, path)
+        if isinstance(target, Mapping):
+            return self._mapping(target, node, path)
+        if isinstance(target, list | tuple) and type(target) not in CONSTANTS and _holds(target):
+            return self._sequence(target, node, path)
+        known = (
+            type(target) in SCALARS or type(target) in CONSTANTS or isinstance(target, list | tuple | set | np.generic)
+        )
+        if not known:
+            self.problems.append(f"{path}: nothing can be loaded into a {type(target).__qualname__}")
+        return self._value(target, node, path)
+
+    def _tensor(self, target: torch.Tensor, node: Any, path: str) -> Place:
+        if nn.parameter.is_lazy(target):
+            self.problems.append(f"{path}: a lazy parameter without a shape; run one forward pass before restoring")
+        elif target.is_meta:
+            self.problems.append(
+                f"{path}: a meta tensor cannot be restored in place; materialise it first (`to_empty`)"
+            )
+        elif self.compare(node, path, dtype_name(target.dtype), target.shape):
+            self.targets.append((target, path))
+
+        def restore(get: Getter) -> Any:
+            copy_exact(target, get(path))
+            return target
+
+        return restore
+
+    def _array(self, target: np.ndarray[Any, Any], node: Any, path: str) -> Place:
+        self.compare(node, path, target.dtype.name, target.shape)
+        if not target.flags.writeable:
+            self.problems.append(f"{path}: the array is read-only; pass a writable one")
+
+        def restore(get: Getter) -> Any:
+            np.copyto(target, get(path).numpy())
+            return target
+
+        return restore
+
+    def _object(self, target: Any, thing: Any, node: Any, path: str) -> Place:
+        load: Callable[[Getter], None]
+        if isinstance(thing, nn.Module):
+            load = ModuleLoad(thing, node, path, self)
+        elif isinstance(thing, torch.optim.Optimizer) and is_optimizer_node(node):
+            load = OptimizerLoad(thing, node, path, self)
+        else:
+            self.need(node, path)
+            if isinstance(thing, RNG):
+                self.problems += (f"{path}: {problem}" for problem in thing.complaints(len(_inner(node, "cuda"))))
+            values = self.values
+
+            def load(get: Getter) -> None:
+                thing.load_state_dict(unflatten(node, private(get), values, path))
+
+        def restore(get: Getter) -> Any:
+            load(get)
+            return target
+
+        return restore
+
+    def _mapping(self, target: Mapping[Any, Any], node: Any, path: str) -> Place:
+        entries = entries_of(node, path)
+        if entries is None:
+            self.problems.append(f"{path}: a dict in the state, {_kind(node)} in the checkpoint")
+            return lambda _: target
+        places: dict[Any, Place] = {}
+        left = dict(entries)
+        for key, child in target.items():
+            name = self.name(key, path)
+            if name in entries:
+                places[key] = self.place(child, left.pop(name), f"{path}/{name}")
+            elif name is not None:
+                self.missing(f"{path}/{name}")
+        for name, child in left.items():
+            if leaves(child, f"{path}/{name}"):
+                self.unexpected(f"{path}/{name}")
+            else:
+                places[unescaped(name, path)] = self._value(None, child, f"{path}/{name}")
+
+        def restore(get: Getter) -> Any:
+            for key, place in places.items():
+                value = place(get)
+                if key not in target or value is not target[key]:
+                    target[key] = value  # type: ignore[index]
+            return target
+
+        return restore
+
+    def _sequence(self, target: list[Any] | tuple[Any, ...], node: Any, path: str) -> Place:
+        """A list or tuple that holds something to load into: element by element."""
+        kind, nodes = one_item(node, path) if isinstance(node, dict) else (_kind(node), [])
+        if kind not in SEQUENCES or len(nodes) != len(target):
+            found = f"{kind} of {len(nodes)}" if kind in SEQUENCES else _kind(node)
+            self.problems.append(
+                f"{path}: {type(target).__name__} of {len(target)} in the state, {found} in the checkpoint"
+            )
+            return lambda _: target
+        pairs = enumerate(zip(target, nodes, strict=True))
+        places = [self.place(child, inner, f"{path}/{keys.escape(at)}") for at, (child, inner) in pairs]
+
+        def restore(get: Getter) -> Any:
+            values = [place(get) for place in places]
+            if all(new is old for new, old in zip(values, target, strict=True)):
+                return target
+            if isinstance(target, list):
+                target[:] = values
+                return target
+            return tuple(values)
+
+        return restore
+
+    def _value(self, target: Any, node: Any, path: str) -> Place:
+        """Nothing to load into: the value takes the target's place; a list or set stays the same object."""
+        self.need(node, path)
+        value = None if leaves(node, path) else unflatten(node, _no_tensor, self.values, path)
+        values = self.values
+
+        def restore(get: Getter) -> Any:
+            new = unflatten(node, private(get), values, path) if value is None else value
+            if type(target) is list and type(new) is list:
+                target[:] = new
+                return target
+            if type(target) is set and type(new) is set:
+                target.clear()
+                target.update(new)
+                return target
+            return new
+
+        return restore
+
+
+def _no_tensor(path: str) -> torch.Tensor:
+    raise CorruptCheckpointError(f"the index names no tensor {path!r}", key=path)
+
+
+def _kind(node: Any) -> str:
+    return next(iter(node), "nothing") if isinstance(node, dict) else str(node)
+
+
+def _inner(node: Any, name: str) -> list[Any]:
+    """Entries of the list `name` in a dict node; empty if there is none."""
+    try:
+        return list(node["dict"][name]["list"])
+    except (KeyError, TypeError):
+        return []
+
+
+def _holds(target: Any) -> bool:
+    """Is there something inside to load into, rather than to replace?"""
+    if isinstance(target, torch.Tensor | np.ndarray) or is_stateful(target):
+        return True
+    if isinstance(target, Mapping):
+        return any(map(_holds, target.values()))
+    return isinstance(target, list | tuple) and any(map(_holds, target))
+
+
+def restored_in_place(target: Any) -> bool:
+    """Is this restored in place, without its parent?"""
+    return isinstance(target, torch.Tensor | np.ndarray | Mapping | list | set) or is_stateful(target)

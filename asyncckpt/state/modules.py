@@ -1,0 +1,83 @@
+"""Loading a module through its own `load_state_dict`."""
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from asyncckpt.format import keys
+from asyncckpt.state.capture import clean_names, state_dict
+from asyncckpt.state.copying import Getter, copy_exact, overlaps, private
+from asyncckpt.state.tree import entries_of, unflatten
+
+if TYPE_CHECKING:
+    from asyncckpt.state.matching import Matching
+
+
+class ModuleLoad:
+    """Compared when made; loads when called. Hooks and extra state work as in `load_state_dict`."""
+
+    def __init__(self, module: nn.Module, node: Any, path: str, match: "Matching") -> None:
+        self._module = module
+        self._values = match.values
+        self._strict = match.strict
+        self._own: list[tuple[torch.Tensor, str]] = []  # expanded tensors, which copy_ refuses
+        self._tensors: list[tuple[str, str]] = []  # key of the module's own state dict, path
+        self._others: list[tuple[str, Any, str]] = []  # extra state
+        state = state_dict(module)
+        self._metadata = getattr(state, "_metadata", None)
+        entries = entries_of(node, path)
+        if entries is None:
+            match.problems.append(f"{path}: a module in the state, something else in the checkpoint")
+            return
+        names = {keys.escape(clean): raw for raw, clean in clean_names(module, state).items()}
+        for name, raw in names.items():
+            if name not in entries:
+                match.missing(f"{path}/{name}")
+            elif isinstance(state[raw], torch.Tensor) and not raw.endswith(_EXTRA_STATE):
+                match.place(state[raw], entries[name], f"{path}/{name}")
+                if overlaps(state[raw]):
+                    self._own.append((state[raw], f"{path}/{name}"))
+                else:
+                    self._tensors.append((raw, f"{path}/{name}"))
+            else:
+                match.need(entries[name], f"{path}/{name}")
+                self._others.append((raw, entries[name], f"{path}/{name}"))
+        for name in entries:
+            if name not in names:
+                match.unexpected(f"{path}/{name}")
+
+    def __call__(self, get: Getter) -> None:
+        """Load."""
+        given = private(get) if _may_keep(self._module) else get
+        state: OrderedDict[str, Any] = OrderedDict((raw, given(path)) for raw, path in self._tensors)
+        for raw, node, path in self._others:
+            state[raw] = unflatten(node, private(get), self._values, path)
+        if self._metadata is not None:
+            state._metadata = self._metadata  # type: ignore[attr-defined]
+        if type(self._module).load_state_dict is nn.Module.load_state_dict:
+            self._module.load_state_dict(state, strict=self._strict and not self._own)
+        else:
+            self._module.load_state_dict(state)
+        for target, path in self._own:
+            copy_exact(target, get(path))
+
+
+_EXTRA_STATE = "_extra_state"
+
+
+def _may_keep(module: nn.Module) -> bool:
+    """Could code that is not torch's keep a tensor that it is given? torch's own copies."""
+    return "load_state_dict" in module.__dict__ or any(
+        inner._load_state_dict_pre_hooks
+        or inner._load_state_dict_post_hooks
+        or "_load_from_state_dict" in inner.__dict__
+        or not _torchs(type(inner)._load_from_state_dict)
+        or not _torchs(type(inner).load_state_dict)
+        for inner in module.modules()
+    )
+
+
+def _torchs(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("torch.nn.")

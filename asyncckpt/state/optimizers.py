@@ -1,0 +1,138 @@
+"""Loading an optimizer exactly.
+
+`Optimizer.load_state_dict` casts state to the dtype of its parameter (fp32 moments of a bf16 parameter lose 16 bits) and keeps
+the tensors it is given. It still runs, for its checks, hooks and defaults; then the state is put right.
+"""
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from asyncckpt.format import keys
+from asyncckpt.state.copying import Getter, copy_exact, private
+from asyncckpt.state.tree import stored, unflatten
+
+if TYPE_CHECKING:
+    from asyncckpt.state.matching import Matching
+
+
+def is_optimizer_node(node: Any) -> bool:
+    """Was this written by an optimizer with torch's state dict? Others load as any object does."""
+    inner = node.get("dict") if isinstance(node, dict) else None
+    return isinstance(inner, dict) and set(inner) == {"state", "param_groups"} and "dict" in inner["state"]
+
+
+class OptimizerLoad:
+    """Compared when made; loads when called."""
+
+    def __init__(self, optimizer: Optimizer, node: Any, path: str, match: "Matching") -> None:
+        self._optimizer, self._node, self._path, self._values = optimizer, node, path, match.values
+        self._parameters: dict[Any, torch.Tensor] = {}
+        match.need(node, path)
+        inner = node["dict"]
+        groups = inner["param_groups"].get("list", []) if isinstance(inner["param_groups"], dict) else []
+        if len(groups) != len(optimizer.param_groups):
+            match.problems.append(
+                f"{path}/param_groups: {len(optimizer.param_groups)} in the state, {len(groups)} in the checkpoint"
+            )
+            return
+        for at, group in enumerate(optimizer.param_groups):
+            below = f"{path}/param_groups/{keys.escape(at)}/params"
+            ids = stored(self._values, below)
+            if len(ids) != len(group["params"]):
+                match.problems.append(f"{below}: {len(group['params'])} in the state, {len(ids)} in the checkpoint")
+            self._parameters.update(zip(ids, group["params"], strict=False))
+        for name, child in inner["state"]["dict"].items():
+            self._compare(name, child, f"{path}/state/{name}", match)
+
+    def _compare(self, name: str, node: Any, path: str, match: "Matching") -> None:
+        """State that exists already must have the shapes of the checkpoint's."""
+        parameter = self._parameters.get(keys.unescape(name))
+        before = self._optimizer.state.get(parameter, {}) if parameter is not None else {}
+        if not isinstance(node, dict) or not isinstance(before, dict):
+            return
+        for key, value in before.items():
+            inner = f"{path}/{keys.escape(key)}"
+            if isinstance(value, torch.Tensor) and node.get("dict", {}).get(keys.escape(key)) == "tensor":
+                shape = tuple(match.spec(inner)[1])
+                if shape != tuple(value.shape):
+                    match.problems.append(
+                        f"{inner}: shape {tuple(value.shape)} in the state, {shape} in the checkpoint"
+                    )
+
+    def __call__(self, get: Getter) -> None:
+        """Load."""
+        optimizer = self._optimizer
+        before = {parameter: dict(inner) for parameter, inner in optimizer.state.items() if isinstance(inner, dict)}
+        groups = [dict(group) for group in optimizer.param_groups]
+        saved = self._saved(get)
+        seen = [saved]  # what users' pre-hooks made of it; ours runs last
+        hook = optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state))
+        try:
+            optimizer.load_state_dict(saved)
+        finally:
+            hook.remove()
+        final = seen[-1]
+        ids = chain.from_iterable(group["params"] for group in final["param_groups"])
+        for group in optimizer.param_groups:
+            hosted = bool(group.get("fused") or group.get("capturable"))  # torch keeps `step` beside these parameters
+            for number, parameter in zip(ids, group["params"], strict=False):
+                if number in final["state"] and parameter in optimizer.state:
+                    old = before.get(parameter, {})
+                    _put_right(optimizer.state[parameter], final["state"][number], old, parameter, hosted=hosted)
+        _keep_group_tensors(optimizer, groups)
+
+    def _saved(self, get: Getter) -> dict[str, Any]:
+        """The state dict. torch's own loader may see the restore's buffers: what it keeps of them is replaced after it."""
+        inner, path = self._node["dict"], self._path
+        copies = private(get)
+        lent = get if type(self._optimizer).load_state_dict is Optimizer.load_state_dict else copies
+        states = {}
+        for name, node in inner["state"]["dict"].items():
+            key = keys.unescape(name)
+            given = lent if key in self._parameters else copies
+            states[key] = unflatten(node, given, self._values, f"{path}/state/{name}")
+        groups = unflatten(inner["param_groups"], copies, self._values, f"{path}/param_groups")
+        return {"state": states, "param_groups": groups}
+
+
+def _put_right(
+    current: dict[Any, Any], saved: Any, before: dict[Any, Any], parameter: torch.Tensor, *, hosted: bool
+) -> None:
+    """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits."""
+    for key, value in saved.items() if isinstance(saved, dict) else ():
+        if key in current:
+            device = None if key == "step" and not hosted else parameter.device
+            current[key] = _exact(value, current[key], before.get(key), device)
+
+
+def _exact(saved: Any, current: Any, before: Any, device: torch.device | None) -> Any:
+    """`current` as torch left it, with the values of `saved`. Nothing of `saved` is kept. `device` None: where torch left it."""
+    if isinstance(saved, torch.Tensor):
+        if not isinstance(current, torch.Tensor) or current.shape != saved.shape:
+            return current.clone() if isinstance(current, torch.Tensor) else current
+        place = device or (before.device if isinstance(before, torch.Tensor) else current.device)
+        fits = (saved.shape, saved.dtype, place)
+        if isinstance(before, torch.Tensor) and (before.shape, before.dtype, before.device) == fits:
+            copy_exact(before, saved)
+            return before
+        return saved.to(place, copy=True)
+    if isinstance(saved, dict) and isinstance(current, dict):
+        return {key: _exact(saved.get(key), inner, None, device) for key, inner in current.items()}
+    if isinstance(saved, list | tuple) and isinstance(current, list | tuple) and len(saved) == len(current):
+        return type(current)(_exact(one, inner, None, device) for one, inner in zip(saved, current, strict=True))
+    return current
+
+
+def _keep_group_tensors(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """A learning rate that is a tensor stays the same tensor: compiled steps and the user hold it."""
+    for group, old in zip(optimizer.param_groups, groups, strict=True):
+        for key, value in group.items():
+            before = old.get(key)
+            if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor) or before is value:
+                continue
+            if (value.shape, value.dtype) == (before.shape, before.dtype):
+                copy_exact(before, value)
+                group[key] = before

@@ -1,0 +1,192 @@
+"""How a state is cut for copying: what at once, what behind the caller's back, on which device, and to where."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import itemgetter, mul
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from asyncckpt.engine.arena import Arena
+from asyncckpt.state.cuda import Lane
+from asyncckpt.state.dtypes import BY_NAME
+from asyncckpt.state.witness import Integers, Layout, Witnesses
+
+if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
+    from asyncckpt.format.plan import Plan
+    from asyncckpt.state.tree import Flat
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors that are copied in one call. `members`: their positions in the state; none of them is empty."""
+
+    members: tuple[int, ...] = ()
+
+    def of(self, tensors: Tensors) -> list[torch.Tensor]:
+        """The members of a list of all tensors."""
+        if len(self.members) == len(tensors):
+            return list(tensors)
+        return list(itemgetter(*self.members)(tensors)) if len(self.members) > 1 else [tensors[i] for i in self.members]
+
+
+@dataclass(frozen=True, slots=True)
+class LanePart:
+    """What one CUDA device has: `now` must not be overlapped, `later` may."""
+
+    device: torch.device
+    now: Part
+    later: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A state, cut. `now` is copied before `copy()` returns, `later` and the lanes' `later` overlap.
+
+    `watched`: all that overlaps, which nobody may write meanwhile; `layout` of it for the witness words, if it is in host memory.
+    """
+
+    now: Part
+    later: Part
+    lanes: tuple[LanePart, ...]
+    watched: Part
+    layout: Layout | None
+
+
+_HOST_ONLY = not (torch.backends.cuda.is_built() or torch.backends.mps.is_built() or torch.xpu._is_compiled())
+
+
+def devices_of(tensors: Tensors) -> list[int]:
+    """Device numbers, -1 for host memory: what `cut` depends on besides the plan. Empty where torch knows no other memory."""
+    return [] if _HOST_ONLY else list(map(torch.Tensor.get_device, tensors))
+
+
+def cut(flat: "Flat", plan: "Plan", *, overlap: bool) -> Parts:
+    """Overlapped is what only an optimizer step changes; with CUDA tensors in the state, of these alone.
+
+    Host tensors beside them (AdamW's `step`) are small, and an optimizer step does not wait for the host.
+    """
+    now: list[int] = []
+    later: list[int] = []
+    lanes: dict[torch.device, tuple[list[int], list[int]]] = {}
+    has_cuda = any(tensor.is_cuda for tensor in flat.tensors)
+    for i, tensor in enumerate(flat.tensors):
+        if tensor.numel() == 0:
+            continue
+        overlaps = overlap and flat.overlappable[i]
+        if tensor.is_cuda:
+            lanes.setdefault(tensor.device, ([], []))[overlaps].append(i)
+        elif overlaps and not has_cuda and tensor.is_cpu:
+            later.append(i)
+        else:
+            now.append(i)
+    cut_lanes = tuple(LanePart(device, Part(tuple(at)), Part(tuple(then))) for device, (at, then) in lanes.items())
+    watched = [i for lane in cut_lanes for i in lane.later.members] or later
+    layout = _layout(plan, later) if later else None
+    return Parts(Part(tuple(now)), Part(tuple(later)), cut_lanes, Part(tuple(watched)), layout)
+
+
+def _layout(plan: "Plan", members: Iterable[int]) -> Layout:
+    members = list(members)
+    specs = [plan.structure.tensors[i] for i in members]
+    return Layout.of(
+        shapes=[spec.shape for spec in specs],
+        offsets=[plan.tensor_offsets[i] for i in members],
+        element_bytes=[BY_NAME[spec.dtype].itemsize for spec in specs],
+    )
+
+
+@dataclass(slots=True)
+class Work:
+    """What one copy reads and writes; dropped with its references when it is done."""
+
+    parts: Parts
+    tensors: Tensors
+    targets: Tensors
+    arena: Arena
+    lanes: list[Lane]
+    path: Callable[[int], str]
+    events: list[tuple[Lane, torch.cuda.Event]] = field(default_factory=list)
+    witnesses: Witnesses | None = None
+    storages: list[torch.UntypedStorage] = field(default_factory=list)  # stay alive if a tensor gets another one
+    before_copy: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Copy what must not be overlapped, and order the lanes behind the caller's streams."""
+        for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
+            lane.start(part.now.of(self.targets), part.now.of(self.tensors))
+        self._copy_host(self.parts.now)
+
+    def watch(self, addresses: Integers, random: np.random.Generator) -> None:
+        """Take the witnesses."""
+        watched = self.parts.watched
+        tensors = watched.of(self.tensors)
+        if len(tensors) != len(addresses):
+            addresses = addresses[list(watched.members)]
+        self.witnesses = Witnesses(tensors, addresses, self.parts.layout, random)
+
+    def copy(self) -> None:
+        """Copy the rest: host memory now, devices into their lanes."""
+        if self.before_copy is not None:
+            self.before_copy()
+        self.storages = list(map(torch.Tensor.untyped_storage, self.parts.watched.of(self.tensors)))
+        for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
+            event = lane.finish(part.later.of(self.targets), part.later.of(self.tensors))
+            self.events.append((lane, event))
+        self._copy_host(self.parts.later)
+
+    def synchronize(self) -> None:
+        """Return when every byte is in the arena."""
+        for _, event in self.events:
+            event.synchronize()
+
+    def _copy_host(self, part: Part) -> None:
+        if part.members:
+            torch._foreach_copy_(part.of(self.targets), part.of(self.tensors))
+
+
+@dataclass(slots=True)
+class Views:
+    """Tensors that stand for the bytes of arenas, as a plan lays them out; kept for the last plan of each arena.
+
+    They do not keep the map open: using one after `arena.close()` is a segmentation fault, so `forget` it before.
+    """
+
+    _known: dict[int, tuple[Arena, "Plan", list[torch.Tensor]]] = field(default_factory=dict)
+
+    def of(self, arena: Arena, plan: "Plan") -> list[torch.Tensor]:
+        """One view for each tensor of the plan's structure."""
+        known = self._known.get(arena.address)
+        if known is None or known[0] is not arena or known[1] is not plan:
+            known = self._known[arena.address] = (arena, plan, _views(arena, plan))
+        return known[2]
+
+    def forget(self, arena: Arena) -> None:
+        """Drop the views of an arena."""
+        self._known.pop(arena.address, None)
+
+    def arenas(self) -> list[Arena]:
+        """Arenas that have views."""
+        return [arena for arena, _, _ in self._known.values()]
+
+
+def _views(arena: Arena, plan: "Plan") -> list[torch.Tensor]:
+    """About 2 microseconds a tensor. Made as plain tensors: inference tensors could not be written outside that mode."""
+    if plan.arena_bytes > arena.bytes:
+        raise ValueError(f"the plan needs {plan.arena_bytes} bytes, the arena has {arena.bytes}")
+    with torch.inference_mode(mode=False), torch.no_grad():
+        flat = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        typed = {name: flat.view(BY_NAME[name]) for name in {spec.dtype for spec in plan.structure.tensors}}
+        return [
+            typed[spec.dtype].as_strided(spec.shape, _strides(spec.shape), offset // typed[spec.dtype].itemsize)
+            for spec, offset in zip(plan.structure.tensors, plan.tensor_offsets, strict=True)
+        ]
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(accumulate(shape[:0:-1], mul, initial=1))[::-1][: len(shape)] if shape else ()

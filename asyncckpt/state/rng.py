@@ -1,0 +1,56 @@
+"""The random number generators of a process, as one object with a state dict."""
+
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncckpt.errors import StateMismatchError
+
+
+class RNG:
+    """Python's `random`, NumPy's global generator, torch's CPU generator and those of all CUDA devices.
+
+    Put it in the state under a key of its own. Generators of your own (`torch.Generator`, `numpy.random.default_rng()`) are not
+    among them. CUDA generators are stored once CUDA is in use; a process that never touched it is not made to start it.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Private copies of all generators' states."""
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global generator is what is captured
+            "torch": torch.get_rng_state(),
+            "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put all generators back.
+
+        Raises:
+            StateMismatchError: The checkpoint holds more CUDA generators than there are devices; nothing was set.
+        """
+        cuda = state["cuda"]
+        for problem in self.complaints(len(cuda)):
+            raise StateMismatchError(problem)
+        if cuda and torch.cuda.device_count() > len(cuda):
+            warnings.warn(
+                f"the checkpoint holds {len(cuda)} CUDA generators and there are {torch.cuda.device_count()} devices; "
+                "the others keep their state",
+                stacklevel=2,
+            )
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002 - see state_dict
+        torch.set_rng_state(state["torch"])
+        for device, generator in enumerate(cuda):
+            torch.cuda.set_rng_state(generator, device)
+
+    def complaints(self, cuda_generators: int) -> list[str]:
+        """Why a checkpoint with so many CUDA generators cannot be restored here."""
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if cuda_generators <= devices:
+            return []
+        have = f"the checkpoint holds {cuda_generators} CUDA generators and there are {devices} CUDA devices"
+        return [f"{have}; leave RNG out of the state to restore without it"]

@@ -1,0 +1,86 @@
+"""A checkpoint back into the live objects: everything is compared first, then values are copied in place."""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncckpt.errors import CheckpointError, StateMismatchError
+from asyncckpt.state.copying import Getter, bits_equal
+from asyncckpt.state.matching import Matching, Place, Spec, restored_in_place
+from asyncckpt.state.tree import one_item
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """A restore that was found possible. `paths`: full paths of the tensors that `apply` will ask for, and no others."""
+
+    paths: tuple[str, ...]
+    _state: Mapping[Any, Any]
+    _places: tuple[tuple[Any, Place], ...]
+    _targets: tuple[tuple[torch.Tensor, str], ...]
+
+    def apply(self, tensor: Getter) -> None:
+        """Copy everything into the objects. No object keeps a tensor that `tensor` returned.
+
+        Raises:
+            StateMismatchError: Targets that share memory would get different values; nothing was changed.
+            CheckpointError: A `load_state_dict` raised; the groups before it are restored, it and those behind it are not.
+        """
+        self._check_ties(tensor)
+        for key, place in self._places:
+            try:
+                value = place(tensor)
+            except Exception as error:
+                message = (
+                    f"loading the group {key!r} failed: {type(error).__name__}: {error}; restore again or start anew"
+                )
+                raise CheckpointError(message, key=str(key)) from error
+            if value is not self._state[key] and isinstance(self._state, MutableMapping):
+                self._state[key] = value
+
+    def _check_ties(self, tensor: Getter) -> None:
+        """A tied target has one value: what the checkpoint holds for its names must agree."""
+        first: dict[Any, str] = {}
+        for target, path in self._targets:
+            if target.numel() and target.layout is torch.strided:
+                memory = (target.device, target.data_ptr(), target.dtype, target.shape, target.stride())
+                before = first.setdefault(memory, path)
+                if before != path and not bits_equal(tensor(before), tensor(path)):
+                    raise StateMismatchError(
+                        f"{before!r} and {path!r} are tied in the state, but differ in the checkpoint; nothing was loaded. "
+                        "Untie them, or restore into the model that was saved",
+                        key=path,
+                    )
+
+
+def plan_restore(
+    state: Mapping[Any, Any], tree: Any, specs: Mapping[str, Spec], values: Mapping[str, Any], *, strict: bool = True
+) -> RestorePlan:
+    """Compare the whole state with the whole checkpoint; touch nothing.
+
+    Args:
+        state: What the user passes; groups of the checkpoint that it does not name are ignored.
+        tree: The checkpoint's containers, from its index.
+        specs: Full path of every tensor, aliases too, to its dtype and shape.
+        values: What the state file holds.
+        strict: False skips names that only one side has; shapes and dtypes must agree all the same.
+
+    Raises:
+        StateMismatchError: Every difference of all objects in one message.
+    """
+    match = Matching(specs, values, strict=strict)
+    _, groups = one_item(tree, "")
+    places = []
+    for key, target in state.items():
+        name = match.name(key, "")
+        if name is not None and name in groups:
+            place = match.place(target, groups[name], name)
+            places.append((key, place))
+            if not isinstance(state, MutableMapping) and not restored_in_place(target):
+                match.problems.append(f"{name}: the state is read-only, so this value cannot be put back; pass a dict")
+        elif name is not None:
+            match.missing(name, "the checkpoint has no such group")
+    match.report()
+    return RestorePlan(tuple(match.paths), state, tuple(places), tuple(match.targets))

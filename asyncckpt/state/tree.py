@@ -1,0 +1,267 @@
+"""A training state as a tree: its tensors, its plain values, and a description of the containers; and back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain, compress
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncckpt.errors import CorruptCheckpointError, UnsupportedObjectError, UnsupportedTensorError
+from asyncckpt.format import keys
+from asyncckpt.format.plan import Group, Structure, TensorSpec
+from asyncckpt.state.binding import Binding, bind
+from asyncckpt.state.dtypes import NAMES, complaint
+from asyncckpt.state.walk import (
+    KIND_NAMES,
+    MAPPINGS,
+    MAX_DEPTH,
+    NUMPY_KINDS,
+    NUMPY_SCALARS,
+    SEQUENCES,
+    VALUE,
+    Refusal,
+    Walk,
+)
+
+
+class Description:
+    """What a list of tokens means: the JSON `tree`, the path of every tensor leaf and of every value, in walking order."""
+
+    def __init__(self, tokens: list[Any]) -> None:
+        self.tensors: list[tuple[str | int, str]] = []
+        """Top-level key and full path."""
+        self.values: list[str] = []
+        self._tokens = iter(tokens)
+        self._top: str | int = ""
+        self.tree = self._node("", depth=0)
+
+    def _node(self, path: str, *, depth: int) -> Any:
+        token = next(self._tokens)
+        if token is torch.Tensor or token is np.ndarray:
+            self.tensors.append((self._top, path))
+            return "tensor" if token is torch.Tensor else "ndarray"
+        if token is VALUE:
+            self.values.append(path)
+            return VALUE
+        if token in NUMPY_KINDS:
+            self.values.append(path)
+            return {"scalar": NUMPY_KINDS[token]}
+        if isinstance(token, Refusal):
+            raise token.kind(f"{path!r}: {token.reason}", key=path)
+        count = next(self._tokens)
+        if token in (list, tuple):
+            inner = [self._node(f"{path}/{keys.escape(at)}", depth=depth + 1) for at in range(count)]
+            return {KIND_NAMES[token]: inner}
+        names = [_escaped(next(self._tokens), path) for _ in range(count)]
+        if len(set(names)) != count:
+            raise UnsupportedObjectError(f"{path!r} holds the same name twice", key=path)
+        return {KIND_NAMES[token]: self._entries(names, path, depth)}
+
+    def _entries(self, names: list[tuple[str | int, str]], path: str, depth: int) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for key, name in names:
+            if depth == 0:
+                self._top = key
+            entries[name] = self._node(f"{path}/{name}" if depth else name, depth=depth + 1)
+        return entries
+
+
+def _escaped(key: Any, path: str) -> tuple[str | int, str]:
+    if type(key) is not str and type(key) is not int:
+        reason = f"key {key!r} of type {type(key).__name__} at {path!r} is not stored; use str or int keys"
+        raise UnsupportedObjectError(reason, key=f"{path}/{key!r}")
+    try:
+        name = keys.escape(key)
+        name.encode()
+    except UnicodeEncodeError as error:
+        reason = f"key {key!r} at {path!r} holds lone surrogates, which UTF-8 cannot hold; use another key"
+        raise UnsupportedObjectError(reason, key=repr(f"{path}/{key}")) from error
+    return key, name
+
+
+def unflatten(
+    tree: Any, tensor: Callable[[str], torch.Tensor], values: Mapping[str, Any], path: str | None = None
+) -> Any:
+    """Build the containers of `tree` anew. `path`: where it stands, None at the root; `tensor` gives a leaf by its full path.
+
+    Lists and sets of values are copied, tensors are not.
+    """
+    here = path or ""
+    if tree in ("tensor", "ndarray"):
+        return tensor(here) if tree == "tensor" else tensor(here).cpu().numpy()
+    if tree == VALUE:
+        value = stored(values, here)
+        return value.copy() if type(value) in (list, set) else value
+    kind, inner = one_item(tree, here)
+    if kind == "scalar" and inner in NUMPY_SCALARS:
+        return NUMPY_SCALARS[inner](stored(values, here))
+    if kind in MAPPINGS and isinstance(inner, dict):
+        pairs = {
+            unescaped(name, here): unflatten(node, tensor, values, below(path, name)) for name, node in inner.items()
+        }
+        return pairs if kind == "dict" else MAPPINGS[kind](pairs)
+    if kind in SEQUENCES and isinstance(inner, list):
+        return SEQUENCES[kind](
+            [unflatten(node, tensor, values, below(path, keys.escape(at))) for at, node in enumerate(inner)]
+        )
+    raise CorruptCheckpointError(f"the index describes {here!r} by an unknown node {str(kind)[:100]!r}", key=here)
+
+
+def below(path: str | None, name: str) -> str:
+    """The path of an entry; None is the root."""
+    return name if path is None else f"{path}/{name}"
+
+
+def unescaped(name: str, path: str) -> str | int:
+    """The key of an entry."""
+    try:
+        return keys.unescape(name)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"the index names an impossible key at {path!r}: {error}", key=path) from error
+
+
+def one_item(tree: Any, path: str) -> tuple[str, Any]:
+    """The kind of a container node and what it holds."""
+    if not isinstance(tree, dict) or len(tree) != 1 or path.count("/") > MAX_DEPTH:
+        raise CorruptCheckpointError(f"the index describes {path!r} by a malformed node", key=path)
+    kind, inner = next(iter(tree.items()))
+    return kind, inner
+
+
+def entries_of(tree: Any, path: str) -> dict[str, Any] | None:
+    """Nodes by escaped key if this is a dict of any kind."""
+    kind, inner = one_item(tree, path) if isinstance(tree, dict) else ("", None)
+    return inner if kind in MAPPINGS and isinstance(inner, dict) else None
+
+
+def stored(values: Mapping[str, Any], path: str) -> Any:
+    """A value of the state file."""
+    try:
+        return values[path]
+    except KeyError as error:
+        raise CorruptCheckpointError(f"the state file lacks the value {path!r}", key=path) from error
+
+
+def leaves(tree: Any, path: str | None = None) -> list[str]:
+    """Full paths of the tensors of a tree."""
+    if tree in ("tensor", "ndarray"):
+        return [path or ""]
+    if tree == VALUE:
+        return []
+    kind, inner = one_item(tree, path or "")
+    if kind in MAPPINGS and isinstance(inner, dict):
+        nodes = inner.items()
+    elif kind in SEQUENCES and isinstance(inner, list):
+        nodes = {keys.escape(at): node for at, node in enumerate(inner)}.items()
+    else:
+        return []
+    return list(chain.from_iterable(leaves(node, below(path, name)) for name, node in nodes))
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A state, flattened.
+
+    `tensors` stand in the order of `structure.tensors`, tied ones once, conj and neg bits resolved into fresh tensors; they are
+    the live objects, not copies. `values` are private. `overlappable`, per tensor: only an optimizer's step changes it.
+    While nothing structural changes, `structure` is the same object.
+    """
+
+    structure: Structure
+    tensors: tuple[torch.Tensor, ...]
+    values: dict[str, Any]
+    overlappable: tuple[bool, ...]
+    has_optimizer: bool
+
+
+class Flattener:
+    """Flattens one state again and again; what did not change since the last time is not made again."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Any] = []
+        self._shapes: list[torch.Size] = []
+        self._dtypes: list[torch.dtype] = []
+        self._description: Description | None = None
+        self._structure: Structure | None = None
+        self._binding: Binding | None = None
+        self._ties: tuple[tuple[int, int], ...] = ()
+
+    def flatten(self, state: Mapping[Any, Any]) -> Flat:
+        """Walk the state and check all of it.
+
+        Raises:
+            UnsupportedTensorError: A tensor that cannot be stored exactly; nothing was started.
+            UnsupportedObjectError: A value that no reader could load safely, or containers that hold themselves.
+        """
+        if not isinstance(state, Mapping):
+            raise UnsupportedObjectError(f"the state is a dict of what to save, not {type(state).__name__}")
+        walk = Walk(state)
+        leaves = walk.leaves
+        if self._description is None or walk.tokens != self._tokens:
+            self._description = Description(walk.tokens)
+            self._tokens, self._structure, self._binding = walk.tokens, None, None
+        try:
+            shapes = [leaf.shape for leaf in leaves]
+        except RuntimeError:  # nested tensors have none
+            self._check(leaves)
+            raise
+        dtypes = [leaf.dtype for leaf in leaves]
+        if shapes != self._shapes or dtypes != self._dtypes:
+            self._shapes, self._dtypes, self._structure, self._binding = shapes, dtypes, None, None
+        binding = self._bind(walk)
+        if self._structure is None:
+            self._structure = _structure(self._description, leaves, binding.ties)
+        if binding.resolved:
+            for at in binding.resolved:
+                leaves[at] = leaves[at].detach().resolve_conj().resolve_neg()
+        return Flat(
+            structure=self._structure,
+            tensors=tuple(compress(leaves, binding.stored) if binding.ties else leaves),
+            values=dict(zip(self._description.values, walk.values, strict=True)),
+            overlappable=binding.overlappable,
+            has_optimizer=bool(walk.optimizers),
+        )
+
+    def _bind(self, walk: Walk) -> Binding:
+        """Check the live tensors, or only those that took another's place since the last time."""
+        old = self._binding
+        owned = list(map(id, walk.parameters()))
+        if old is not None and old.holds(walk.leaves, owned):
+            return old
+        self._check(walk.leaves)
+        self._binding = bind(walk, owned)
+        if self._binding.ties != self._ties:
+            self._ties, self._structure = self._binding.ties, None
+        return self._binding
+
+    def _check(self, leaves: list[torch.Tensor]) -> None:
+        paths = self._description.tensors if self._description else []
+        for (_, path), leaf in zip(paths, leaves, strict=True):
+            if reason := complaint(leaf):
+                raise UnsupportedTensorError(f"{path!r}: {reason}", key=path)
+
+
+def _structure(description: Description, leaves: list[torch.Tensor], ties: tuple[tuple[int, int], ...]) -> Structure:
+    tied = dict(ties)
+    groups: dict[str | int | None, int] = {}
+    tensors: list[TensorSpec] = []
+    positions: dict[int, int] = {}
+    aliases: list[tuple[int, str, int]] = []
+    for at, ((top, path), leaf) in enumerate(zip(description.tensors, leaves, strict=True)):
+        above = keys.escape(top)
+        bare = path == above
+        group = groups.setdefault(None if bare else top, len(groups))
+        name = path if bare else path[len(above) + 1 :]
+        if at in tied:
+            aliases.append((group, name, positions[tied[at]]))
+        else:
+            positions[at] = len(tensors)
+            tensors.append(TensorSpec(group=group, name=name, dtype=NAMES[leaf.dtype], shape=tuple(leaf.shape)))
+    return Structure(
+        groups=tuple(Group(key, slug) for key, slug in zip(groups, keys.slugs(list(groups)), strict=True)),
+        tensors=tuple(tensors),
+        aliases=tuple(aliases),
+        tree=description.tree,
+    )

@@ -1,0 +1,213 @@
+"""One pass over a training state: its structure as a list of tokens, its tensors and its plain values.
+
+The same tokens as last time mean the same structure. Nothing here builds a path: the walk runs at every save.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncckpt.errors import UnsupportedObjectError, UnsupportedTensorError
+from asyncckpt.state.capture import capture_module, capture_object, is_stateful, unwrap
+from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
+
+MAX_DEPTH = 64
+VALUE = "value"
+"""Token and tree leaf of a plain value."""
+
+SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
+CONSTANTS = frozenset({torch.Size, torch.dtype, torch.device})
+MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple}
+NUMPY_SCALARS: dict[str, type[np.generic]] = {
+    name: np.dtype(name).type
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64", "complex128"),
+    )
+}
+NUMPY_KINDS = {kind: name for name, kind in NUMPY_SCALARS.items()}
+KIND_NAMES = {kind: name for name, kind in (MAPPINGS | SEQUENCES).items()}
+_HINTS = {
+    "defaultdict": "store dict(value)",
+    "deque": "store list(value)",
+    "frozenset": "store set(value)",
+    "range": "store list(value)",
+    "bytearray": "store bytes(value)",
+    "mappingproxy": "store dict(value)",
+    "memmap": "store numpy.array(value)",
+    "Generator": "store generator.get_state(), or bit_generator.state for NumPy",
+    "function": "store what it is made from; code is never stored",
+}
+
+_INT_LIMIT = 1 << 2039  # one bit of a signed integer of 255 bytes, the longest that weights_only reads, is its sign
+_UNREADABLE = (
+    "empty bytes and integers beyond 2040 bits are not stored: torch.load(weights_only=True) refuses them; "
+    "store None, or hex(value)"
+)
+
+
+class Refusal:
+    """Token of something that cannot be stored. Equal to nothing, so the slow path finds it and raises with its path."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, kind: type[UnsupportedObjectError] | type[UnsupportedTensorError], reason: str) -> None:
+        self.kind = kind
+        self.reason = reason
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+
+class Walk:
+    """One pass over a state: `tokens` (its structure), `leaves` (tensors), `values`, `optimizers`, in depth-first order."""
+
+    def __init__(self, state: Mapping[Any, Any]) -> None:
+        self.tokens: list[Any] = [dict, len(state), *state]
+        self.leaves: list[torch.Tensor] = []
+        self.values: list[Any] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._open: set[int] = {id(state)}  # containers being walked: one met again inside itself is a cycle
+        self._captured = False  # inside what a state_dict() returned
+        self._visit(state.values())
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """What the optimizers update."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
+
+    def owned_memory(self) -> set[tuple[int, int]]:
+        """Address and elements of the tensors that only an optimizer's step changes: its parameters and its state."""
+        todo: list[Any] = [*self.parameters(), *(optimizer.state for optimizer in self.optimizers)]
+        found: set[tuple[int, int]] = set()
+        while todo:
+            thing = todo.pop()
+            if isinstance(thing, torch.Tensor):
+                if thing.layout is torch.strided and type(thing) in PLAIN_KINDS and thing.numel():
+                    found.add((thing.data_ptr(), thing.numel()))
+            elif isinstance(thing, Mapping):
+                todo += thing.values()
+            elif isinstance(thing, list | tuple):
+                todo += thing
+        return found
+
+    def _visit(self, children: Iterable[Any]) -> None:
+        """Plain kinds first and inline: this loop runs once per leaf of every save."""
+        tokens, leaves, values = self.tokens, self.leaves, self.values
+        for child in children:
+            kind = type(child)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                tokens.append(torch.Tensor)
+                leaves.append(child)
+            elif kind in SCALARS or kind in CONSTANTS:
+                if (kind is int or kind is bytes) and _unreadable((child,), {kind}):
+                    tokens.append(Refusal(UnsupportedObjectError, _UNREADABLE))
+                tokens.append(VALUE)
+                values.append(child)
+            elif kind is dict or kind is OrderedDict or kind is Counter:
+                tokens += (kind, len(child))
+                tokens += child
+                self._enter(child, child.values())
+            elif kind is list or kind is tuple or kind is set:
+                self._sequence(child, kind)
+            else:
+                self._other(child, kind)
+
+    def _enter(self, container: Any, children: Iterable[Any]) -> None:
+        mark = id(container)
+        if mark in self._open or len(self._open) > MAX_DEPTH:
+            reason = f"a container holds itself, or more than {MAX_DEPTH} levels are nested"
+            self.tokens.append(Refusal(UnsupportedObjectError, reason))
+            return
+        self._open.add(mark)
+        self._visit(children)
+        self._open.discard(mark)
+
+    def _sequence(self, child: Any, kind: type) -> None:
+        """A sequence of plain scalars is one value; it is copied, so that the user may go on appending."""
+        kinds = set(map(type, child))
+        if kinds <= SCALARS:
+            if _unreadable(child, kinds):
+                self.tokens.append(Refusal(UnsupportedObjectError, _UNREADABLE))
+            self.tokens.append(VALUE)
+            self.values.append(kind(child))
+        elif kind is set:
+            self.tokens.append(Refusal(UnsupportedObjectError, "a set may hold plain scalars only; store a list"))
+        else:
+            self.tokens += (kind, len(child))
+            self._enter(child, child)
+
+    def _other(self, child: Any, kind: type) -> None:
+        if kind is np.ndarray:
+            self._array(child)
+        elif isinstance(child, np.generic) and child.dtype.name in NUMPY_SCALARS:
+            self.tokens.append(NUMPY_SCALARS[child.dtype.name])
+            self.values.append(child.item())
+        elif isinstance(child, torch.Tensor):
+            self.tokens.append(Refusal(UnsupportedTensorError, kind_complaint(kind)))
+        elif is_stateful(child) and not self._captured:
+            self._stateful(unwrap(child))
+        else:
+            self.tokens.append(Refusal(UnsupportedObjectError, _object_complaint(child, kind, inside=self._captured)))
+
+    def _array(self, array: np.ndarray[Any, Any]) -> None:
+        try:
+            if array.dtype.name not in NUMPY_SCALARS or not array.dtype.isnative:
+                raise TypeError(array.dtype)
+            tensor = torch.from_numpy(np.array(array, order="C"))
+        except TypeError:
+            reason = f"NumPy dtype {array.dtype!r} is not stored; use a native bool, integer, float or complex type"
+            self.tokens.append(Refusal(UnsupportedTensorError, reason))
+        else:
+            self.tokens.append(np.ndarray)
+            self.leaves.append(tensor)
+
+    def _stateful(self, thing: Any) -> None:
+        self._captured = True
+        if isinstance(thing, torch.nn.Module):
+            names, children = capture_module(thing)
+            self.tokens += (OrderedDict, len(names))
+            self.tokens += names
+            self._enter(thing, children)
+        else:
+            if isinstance(thing, torch.optim.Optimizer):
+                self.optimizers.append(thing)
+            self._visit((capture_object(thing),))
+        self._captured = False
+
+
+def _unreadable(values: Collection[Any], kinds: set[type]) -> bool:
+    """Is there one that `torch.save` writes and `torch.load(weights_only=True)` refuses?"""
+    if kinds == {int}:
+        return bool(max(values) >= _INT_LIMIT or min(values) < -_INT_LIMIT)
+    return (bytes in kinds and b"" in values) or (
+        int in kinds and any(type(one) is int and not -_INT_LIMIT <= one < _INT_LIMIT for one in values)
+    )
+
+
+def _object_complaint(child: Any, kind: type, *, inside: bool) -> str:
+    """Why an object is refused, and the way out."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    hint = _HINTS.get(kind.__name__)
+    if inside and is_stateful(child):
+        hint = "an object inside another's state_dict() cannot be restored; give it a key of its own in the state"
+    elif isinstance(child, type):
+        name, hint = f"class {child.__qualname__}", "store its name"
+    elif hint is None and isinstance(child, tuple):
+        hint = "store tuple(value) or value._asdict()"
+    elif hint is None and isinstance(child, Mapping):
+        hint = "store dict(value)"
+    elif hint is None and isinstance(child, np.ndarray):
+        hint = "store numpy.array(value, subok=False)"
+    elif hint is None and hasattr(child, "__dataclass_fields__"):
+        hint = "store dataclasses.asdict(value)"
+    elif hint is None and hasattr(child, "state_dict"):
+        hint = "give it load_state_dict() beside its state_dict()"
+    elif hint is None:
+        hint = "store plain data (dict, list, str, numbers, tensors), or give it state_dict() and load_state_dict()"
+    return f"{name} is not stored: torch.load(weights_only=True) refuses such objects; {hint}"

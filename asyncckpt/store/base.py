@@ -1,0 +1,131 @@
+"""The contract of a store: flat keys, whole objects, ranged reads. `tests/contract` holds every store to it.
+
+Keys are relative to the store's root, `/`-separated, from `[a-z0-9._/-]`, never absolute and never with `..`. All
+methods are thread-safe. A failure raises a `StoreError`; vendor errors never leave the file that imports the vendor.
+A store belongs to one process: make it after a fork.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from asyncckpt.errors import UnsafeCheckpointError
+
+Buffer = bytes | bytearray | memoryview
+Buffers = Sequence[Buffer]
+Progress = Callable[[], None]
+"""Called whenever bytes move or a backoff sleeps, so that a slow request is not mistaken for a hang."""
+
+_PART = r"[a-z0-9_-][a-z0-9._-]*"
+_KEY = re.compile(rf"{_PART}(/{_PART})*")
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` may name an object: no absolute path, no `..`, no hidden file, nothing to escape in a URL."""
+    return _KEY.fullmatch(text) is not None
+
+
+def check_key(key: str) -> str:
+    """Return `key`; `UnsafeCheckpointError` unless it may name an object."""
+    if not is_key(key):
+        raise UnsafeCheckpointError(f"not an object key: {key[:200]!r}; keys are lower-case names joined by /")
+    return key
+
+
+def byte_views(data: Buffers) -> list[memoryview]:
+    """The buffers as flat views of bytes, empty ones left out; copies nothing."""
+    views = [memoryview(buffer) for buffer in data]
+    return [view.cast("B") for view in views if view.nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a listing: an object, or (its key ends with `/`) a common prefix."""
+
+    key: str
+    stored_bytes: int = 0
+    modified_s: float = 0.0
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether this line stands for everything below a delimiter."""
+        return self.key.endswith("/")
+
+
+class Upload(ABC):
+    """One object sent in parts, in any order and in parallel; it exists only after `complete()`."""
+
+    @abstractmethod
+    def write(self, part: int, offset: int, data: Buffers) -> None:
+        """Send part number `part` (from 1, rising with `offset`); the same part may be sent again.
+
+        Every part but the last has at least `Store.min_part_bytes`.
+        """
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Make the object exist, durably, atomically. All parts have been written."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Leave nothing behind. Never raises for an upload that is already gone."""
+
+
+class Store(ABC):
+    """Where checkpoints live."""
+
+    conditional_puts: Literal["atomic", "unproven", "single_writer"] = "atomic"
+    """Whether `put(if_absent=True)` can be relied on: always, only after a probe, or by the user's promise."""
+    min_part_bytes: int = 1
+    max_put_bytes: int = 5 * 2**30
+    max_parts: int = 10_000
+
+    @abstractmethod
+    def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
+        """Store the buffers, joined, as one object: atomic and durable when it returns.
+
+        With `if_absent`, exactly one of any number of writers succeeds and the others get `ObjectExistsError`.
+        """
+
+    @abstractmethod
+    def start_upload(self, key: str) -> Upload:
+        """Begin an object of unknown size."""
+
+    @abstractmethod
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """The whole object. `ObjectNotFoundError` if absent, `ResourceLimitError` above `max_bytes`."""
+
+    @abstractmethod
+    def get_into(self, key: str, start: int, target: memoryview) -> None:
+        """Fill `target` with the object's bytes from `start`.
+
+        Fewer bytes there raise `TransientStoreError` when the connection broke and `CorruptCheckpointError` when the
+        object itself is shorter.
+        """
+
+    @abstractmethod
+    def head(self, key: str) -> Entry | None:
+        """Size and time of an object, or None."""
+
+    @abstractmethod
+    def list(self, prefix: str = "", *, delimiter: bool = False, start_after: str = "") -> Iterator[Entry]:
+        """Objects whose key starts with `prefix`, in the order of their keys; whatever is no `is_key` is left out.
+
+        With `delimiter`, keys with a `/` behind the prefix are folded to one prefix entry each. With `start_after`, only
+        entries whose key is greater. A root that was never written lists nothing.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete; keys that do not exist are no error."""
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing
+        """Give connections back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,283 @@
+"""A store in a folder of a POSIX filesystem: atomic by link and rename, durable by fsync of files and folders."""
+
+import errno
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from asyncckpt.errors import LocalIOError, ObjectNotFoundError, ResourceLimitError, StoreError
+from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, byte_views, check_key, is_key
+from asyncckpt.store.posix import ABSENT, mapped, read, sync_folder, translated, umask, unlink, write
+
+_UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
+_UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
+_ABANDONED_S = 24 * 3600.0
+_TRIES = 100  # a delete in another process may prune a folder as often as we make it
+
+
+class LocalStore(Store):
+    """Objects are files below `root`, which the first write makes.
+
+    A write goes to a temporary file in `root/.asyncckpt-unfinished`, is synced, and then gets its name: by `os.link`
+    where the name must be free (rename would overwrite), by rename otherwise. Temporary files of writers that were
+    killed are removed by the first write of any store a day later. `root` must be one filesystem.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+        self._root = Path(root).absolute()
+        self._progress = progress or (lambda: None)
+        self._file_mode = 0o666 & ~umask()
+        self._synced: set[Path] = set()
+        self._swept = False
+
+    def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
+        path = self._path(key)
+        with translated("put", key):
+            temporary, descriptor = self._open_temporary()
+            try:
+                try:
+                    write(descriptor, byte_views(data), 0, self._progress)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                self._publish(temporary, path, if_absent=if_absent)
+            finally:
+                unlink(temporary)
+
+    def start_upload(self, key: str) -> "LocalUpload":
+        path = self._path(key)
+        with translated("start_upload", key):
+            temporary, descriptor = self._open_temporary()
+        return LocalUpload(self, key, path, temporary, descriptor)
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        with self._opened("get", key) as descriptor:
+            stored_bytes = os.fstat(descriptor).st_size
+            if stored_bytes > max_bytes:
+                raise ResourceLimitError(f"the object has {stored_bytes} bytes, more than {max_bytes}", key=key)
+            content = bytearray(stored_bytes)
+            read(descriptor, memoryview(content), 0, key, self._progress)
+        return bytes(content)
+
+    def get_into(self, key: str, start: int, target: memoryview) -> None:
+        with self._opened("get_into", key) as descriptor:
+            if target.nbytes:
+                read(descriptor, target.cast("B"), start, key, self._progress)
+
+    def head(self, key: str) -> Entry | None:
+        path = self._path(key)
+        try:
+            found = path.stat()
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise mapped(error, "head", key) from error
+        return Entry(key, found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
+
+    def list(self, prefix: str = "", *, delimiter: bool = False, start_after: str = "") -> Iterator[Entry]:
+        if prefix and not is_key(prefix.removesuffix("/")):
+            return
+        folder, _, name_prefix = prefix.rpartition("/")
+        with translated("list", prefix):
+            for entry in self._walk(f"{folder}/" if folder else "", name_prefix, delimiter=delimiter):
+                if entry.key > start_after:
+                    yield entry
+
+    def delete(self, keys: Iterable[str]) -> None:
+        folders: dict[Path, str] = {}
+        for key in keys:
+            path = self._path(key)
+            with translated("delete", key), suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+                folders[path.parent] = key
+        for folder, key in folders.items():
+            with translated("delete", key):
+                self._prune(folder)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    @contextmanager
+    def _opened(self, operation: str, key: str) -> Iterator[int]:
+        path = self._path(key)
+        with translated(operation, key):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang us
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise ObjectNotFoundError("no such object", key=key)
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    def _walk(self, folder: str, name_prefix: str, *, delimiter: bool) -> Iterator[Entry]:
+        try:
+            with os.scandir(self._root / folder) as lines:
+                found = [(f"{line.name}/" if line.is_dir(follow_symlinks=False) else line.name, line) for line in lines]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name, line in sorted(found, key=lambda pair: pair[0]):
+            key = folder + name
+            if not name.startswith(name_prefix) or not is_key(key.removesuffix("/")):
+                continue
+            if not name.endswith("/"):
+                with suppress(FileNotFoundError):
+                    if line.is_file():
+                        yield Entry(key, line.stat().st_size, line.stat().st_mtime)
+            elif not delimiter:
+                yield from self._walk(key, "", delimiter=False)
+            elif next(self._walk(key, "", delimiter=False), None):  # an empty folder is no prefix
+                yield Entry(key)
+
+    def _open_temporary(self) -> tuple[Path, int]:
+        folder = self._root / _UNFINISHED
+        if not self._swept:
+            self._swept = True
+            _sweep(folder)
+        path = folder / secrets.token_hex(16)
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):
+                return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            self._make_folder(folder)
+        raise LocalIOError(f"the folder {folder} vanishes as often as it is made")
+
+    def _publish(self, temporary: Path, path: Path, *, if_absent: bool) -> None:
+        """Give a synced file its name, durably."""
+        temporary.chmod(self._file_mode)
+        for _ in range(_TRIES):
+            self._make_folder(path.parent)
+            with suppress(FileNotFoundError):
+                if if_absent:
+                    _link(temporary, path)
+                else:
+                    temporary.replace(path)
+                break
+        else:
+            raise LocalIOError(f"the folder {path.parent} vanishes as often as it is made")
+        self._sync_folders(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            self._make_folder(folder.parent)
+            self._make_folder(folder)
+        self._synced.discard(folder)
+
+    def _sync_folders(self, folder: Path) -> None:
+        """Sync the folder of a new name, and once every folder above it, whoever made that."""
+        sync_folder(folder)
+        while folder not in self._synced and folder != folder.parent:
+            try:
+                sync_folder(folder.parent)
+            except OSError:
+                if folder.is_relative_to(self._root) and folder != self._root:
+                    raise  # above the root folders may be closed to us; then they are not ours either
+            self._synced.add(folder)
+            folder = folder.parent
+
+    def _prune(self, folder: Path) -> None:
+        """Sync a folder, or remove it, and those above it, when it is empty."""
+        while folder != self._root:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                    raise
+                break
+            self._synced.discard(folder)
+            folder = folder.parent
+        with suppress(FileNotFoundError):
+            sync_folder(folder)
+
+    def close(self) -> None:
+        """Take the folder of temporary files away, unless another writer has one there."""
+        with suppress(OSError):
+            (self._root / _UNFINISHED).rmdir()
+
+
+class LocalUpload(Upload):
+    """One temporary file that parts are written into, in any order."""
+
+    def __init__(self, store: LocalStore, key: str, path: Path, temporary: Path, descriptor: int) -> None:
+        self._store = store
+        self._key = key
+        self._path = path
+        self._temporary = temporary
+        self._descriptor = descriptor
+        self._idle = threading.Condition()
+        self._writes = 0
+        self._open = True
+
+    def write(self, part: int, offset: int, data: Buffers) -> None:  # noqa: ARG002 - the offset alone places a part
+        with self._idle:
+            if not self._open:
+                raise StoreError("this upload is completed or aborted", key=self._key)
+            self._writes += 1
+        try:
+            with translated("write", self._key):
+                write(self._descriptor, byte_views(data), offset, self._store._progress)
+        finally:
+            with self._idle:
+                self._writes -= 1
+                self._idle.notify_all()
+
+    def complete(self) -> None:
+        with translated("complete", self._key):
+            try:
+                if not self._close(sync=True):
+                    raise StoreError("this upload is completed or aborted", key=self._key)
+                self._store._publish(self._temporary, self._path, if_absent=False)
+            finally:
+                unlink(self._temporary)
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            self._close(sync=False)
+        unlink(self._temporary)
+
+    def _close(self, *, sync: bool) -> bool:
+        """Close after the last write: a descriptor closed under a write could be another file's by then.
+
+        False if it is closed already.
+        """
+        with self._idle:
+            if not self._open:
+                return False
+            self._open = False
+            self._idle.wait_for(lambda: self._writes == 0)
+        try:
+            if sync:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+        return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers that were killed left behind more than a day ago."""
+    with suppress(OSError), os.scandir(folder) as lines:
+        for line in lines:
+            if _UNFINISHED_NAME.fullmatch(line.name):
+                with suppress(OSError):
+                    if time.time() - line.stat(follow_symlinks=False).st_mtime > _ABANDONED_S:
+                        unlink(Path(line.path))
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Link, not rename: it refuses a name that is taken."""
+    try:
+        os.link(temporary, path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise LocalIOError(f"a commit needs a filesystem with hard links, and {path.parent} has none") from error
+        raise

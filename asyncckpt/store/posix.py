@@ -1,0 +1,109 @@
+"""The system calls under `LocalStore`: whole writes and reads, durable folders, and our errors for their failures."""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from asyncckpt.errors import (
+    CorruptCheckpointError,
+    DiskFullError,
+    LocalIOError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreNotFoundError,
+)
+from asyncckpt.store.base import Progress
+
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CALL_BYTES = 64 * 2**20  # moved by one system call, so that progress is seen in between
+_CALL_BUFFERS = 1024  # IOV_MAX of Linux
+
+
+def write(descriptor: int, views: Sequence[memoryview], offset: int, progress: Progress) -> None:
+    """`pwritev` until all is written; joins nothing."""
+    todo = list(reversed(views))
+    while todo:
+        batch: list[memoryview] = []
+        batch_bytes = 0
+        while todo and len(batch) < _CALL_BUFFERS and batch_bytes < _CALL_BYTES:
+            view = todo.pop()
+            room = _CALL_BYTES - batch_bytes
+            if view.nbytes > room:
+                todo.append(view[room:])
+                view = view[:room]
+            batch.append(view)
+            batch_bytes += view.nbytes
+        written = os.pwritev(descriptor, batch, offset)
+        offset += written
+        progress()
+        for view in reversed(batch):  # put back what a short write left
+            left = min(view.nbytes, batch_bytes - written)
+            if left <= 0:
+                break
+            todo.append(view[view.nbytes - left :])
+            batch_bytes -= left
+
+
+def read(descriptor: int, target: memoryview, offset: int, key: str, progress: Progress) -> None:
+    """`preadv` until `target` is full; `CorruptCheckpointError` if the file ends first."""
+    while target:
+        count = os.preadv(descriptor, [target[:_CALL_BYTES]], offset)
+        if not count:
+            raise CorruptCheckpointError(f"the object ends at byte {offset}, {target.nbytes} bytes early", key=key)
+        offset += count
+        target = target[count:]
+        progress()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Filesystems that cannot sync a folder (EINVAL) are taken at their word."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def unlink(path: Path) -> None:
+    """Remove a temporary file if it is there; a failure is no reason to fail what it was for."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def umask() -> int:
+    """Read it without setting it: `os.umask` would change the files that other threads make meanwhile."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077
+
+
+@contextmanager
+def translated(operation: str, key: str) -> Iterator[None]:
+    """Raise our error for an `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        raise mapped(error, operation, key) from error
+
+
+def mapped(error: OSError, operation: str, key: str) -> StoreError:
+    """Our error for a failure of the operating system. None is transient: another try would fail alike, or lie."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno == errno.EEXIST:
+        return ObjectExistsError("the object exists already", key=key)
+    if error.errno in _FULL:
+        return DiskFullError(f"{operation}: {reason}; free space or choose another folder", key=key)
+    if error.errno in ABSENT and operation.startswith("get"):
+        return ObjectNotFoundError("no such object", key=key)
+    if error.errno == errno.ENOTDIR:
+        return StoreNotFoundError(f"{operation}: the root or a folder below it is a file: {error.filename}", key=key)
+    return LocalIOError(f"{operation}: {reason} ({error.filename or 'no path'})", key=key)

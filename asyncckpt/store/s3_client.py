@@ -1,0 +1,144 @@
+"""How S3 is spoken to: the one place that makes a client, and the body it sends."""
+
+import io
+import ipaddress
+import warnings
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.config import Config
+
+from asyncckpt.options import S3Options
+from asyncckpt.store.base import Buffers, Progress, byte_views
+
+CONNECTIONS = 32
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0  # also bounds the sending of one piece of a body; a worker counts as hung after twice as long
+_PIECE_BYTES = 2**18
+_SMALL_BYTES = 2**16
+
+
+class Expectation:
+    """Whether `Expect: 100-continue` is sent with the next body.
+
+    It saves sending a body that will be refused, and lets the refusal be read at all: a server that answers 403 and
+    closes while we send is seen as a broken connection. It costs a round trip (a second, where a server does not know
+    it). So it is sent until a body was accepted, and again after any failure.
+    """
+
+    def __init__(self) -> None:
+        self.refusal = True
+
+    def apply(self, params: dict[str, Any], **_: object) -> None:
+        """Handler of botocore's `before-call`, behind its own that sets the header."""
+        if not self.refusal:
+            params["headers"].pop("Expect", None)
+
+
+def make_client(options: S3Options, expectation: Expectation) -> Any:
+    """A client with one attempt a request: `RetryingStore` asks again, with a deadline instead of botocore's quota.
+
+    A new session, so that credentials are looked up anew. Vendor errors pass: the caller maps them.
+    """
+    session = boto3.session.Session(profile_name=options.profile, region_name=options.region)
+    client = session.client("s3", endpoint_url=options.endpoint_url, config=_config(options, options.endpoint_url))
+    if options.endpoint_url is None and not _is_aws(client.meta.endpoint_url):  # AWS_ENDPOINT_URL_S3 or a profile's
+        endpoint_url = client.meta.endpoint_url
+        client.close()
+        client = session.client("s3", config=_config(options, endpoint_url))
+    client.meta.events.register_last("before-call.s3", expectation.apply)
+    _warn_of_plain_http(client.meta.endpoint_url)
+    return client
+
+
+def _config(options: S3Options, endpoint_url: str | None) -> Config:
+    sign_payload = options.sign_payload
+    if sign_payload is None:
+        sign_payload = _is_exposed(endpoint_url)
+    style = options.addressing_style or ("virtual" if endpoint_url is None else "path")
+    return Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=CONNECTIONS,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        tcp_keepalive=True,
+        request_checksum_calculation=options.checksum,
+        response_checksum_validation="when_required",
+        s3={"addressing_style": style, "payload_signing_enabled": sign_payload},
+    )
+
+
+def _is_aws(endpoint_url: str) -> bool:
+    return (urlsplit(endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _is_exposed(endpoint_url: str | None) -> bool:
+    """Whether others may read and change what is sent there: plain http to a host that is not loopback."""
+    parts = urlsplit(endpoint_url or "https://")
+    if parts.scheme != "http":
+        return False
+    host = parts.hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost" and not host.endswith(".localhost")
+
+
+def _warn_of_plain_http(endpoint_url: str) -> None:
+    if _is_exposed(endpoint_url):
+        host = urlsplit(endpoint_url).hostname
+        warnings.warn(f"checkpoints travel to {host} over plain http, readable by others; use https", stacklevel=2)
+
+
+def body_of(data: Buffers, progress: Progress) -> "bytes | Body":
+    """What to send: a small body as bytes, for which nothing is asked beforehand."""
+    body = Body(data, progress)
+    return b"".join(byte_views(data)) if len(body) <= _SMALL_BYTES else body
+
+
+class Body:
+    """A list of buffers as the file that botocore sends. Joins only neighbours that are small.
+
+    `read(n)` returns up to 256 KiB whatever positive `n` is asked for: urllib3 asks for 16 KiB at a time, and so many
+    calls cost more CPU than all else in a request.
+    """
+
+    def __init__(self, data: Buffers, progress: Progress) -> None:
+        self._views = byte_views(data)
+        self._starts = [0, *accumulate(view.nbytes for view in self._views)]
+        self._progress = progress
+        self._at = 0
+        self._number = 0  # of the view that byte `_at` is in
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, size: int = -1) -> bytes | memoryview:
+        """The next bytes, as a view of the buffer where one holds enough of them."""
+        self._progress()
+        room = len(self) if size < 0 else max(size, _PIECE_BYTES) if size else 0
+        pieces: list[memoryview] = []
+        while room and self._number < len(self._views):
+            view = self._views[self._number][self._at - self._starts[self._number] :][:room]
+            if pieces and size >= 0 and view.nbytes >= _SMALL_BYTES:
+                break
+            pieces.append(view)
+            room -= view.nbytes
+            self.seek(self._at + view.nbytes)
+            if size >= 0 and view.nbytes >= _SMALL_BYTES:
+                break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As for files."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self)}[whence]
+        self._at = min(max(base + offset, 0), len(self))
+        self._number = bisect_right(self._starts, self._at) - 1
+        return self._at
+
+    def tell(self) -> int:
+        """As for files."""
+        return self._at

@@ -1,0 +1,186 @@
+"""Every failure of botocore and urllib3 as one of our errors: the type says what can be done, the message says how."""
+
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from typing import Any
+
+from botocore import exceptions as boto
+from urllib3.exceptions import HTTPError
+
+from asyncckpt.errors import (
+    ClockSkewError,
+    CorruptCheckpointError,
+    DiskFullError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreAuthError,
+    StoreError,
+    StoreNotFoundError,
+    TransientStoreError,
+)
+
+_CODES: dict[type[StoreError], str] = {
+    StoreAuthError: """
+        AccessDenied AccessDeniedException AccountProblem AllAccessDisabled AuthFailure ExpiredToken
+        ExpiredTokenException Forbidden InvalidAccessKeyId InvalidClientTokenId InvalidSecurity InvalidToken NotSignedUp
+        RequestExpired SignatureDoesNotMatch TokenRefreshRequired Unauthorized UnauthorizedAccess
+        UnrecognizedClientException""",
+    TransientStoreError: """
+        BadDigest BandwidthLimitExceeded ConditionalRequestConflict IncompleteBody InternalError InternalFailure
+        OperationAborted PriorRequestNotComplete RequestLimitExceeded RequestThrottled RequestTimeout
+        RequestTimeoutException ServiceUnavailable SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException
+        TooManyRequests TooManyRequestsException XAmzContentChecksumMismatch XAmzContentSHA256Mismatch""",
+    StoreNotFoundError: """
+        AuthorizationHeaderMalformed IllegalLocationConstraintException IncorrectEndpoint NoSuchBucket PermanentRedirect
+        TemporaryRedirect""",
+    DiskFullError: "InsufficientStorage QuotaExceeded XMinioAdminBucketQuotaExceeded XMinioStorageFull",
+    ClockSkewError: "RequestInTheFuture RequestTimeTooSkewed",
+    ObjectNotFoundError: "NoSuchKey NoSuchUpload",
+    ObjectExistsError: "PreconditionFailed",
+    StoreError: "InvalidObjectState NotImplemented",
+}
+_BY_CODE = {code: kind for kind, codes in _CODES.items() for code in codes.split()}
+_BY_STATUS: dict[int, type[StoreError]] = {
+    301: StoreNotFoundError,
+    307: StoreNotFoundError,
+    401: StoreAuthError,
+    403: StoreAuthError,
+    404: ObjectNotFoundError,
+    408: TransientStoreError,
+    409: TransientStoreError,
+    412: ObjectExistsError,
+    425: TransientStoreError,
+    429: TransientStoreError,
+    501: StoreError,
+    507: DiskFullError,
+}
+_WAY_OUT: dict[type[StoreError], str] = {
+    StoreAuthError: "check the credentials that botocore finds (environment, profile, instance role) and their policy",
+    StoreNotFoundError: "check the bucket's name, its region and the endpoint",
+    ClockSkewError: "set this host's clock (NTP)",
+    DiskFullError: "free space or raise the quota",
+}
+_WIRE = (HTTPError, HTTPException, OSError)
+_CONNECTION = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.FlexibleChecksumError, *_WIRE)
+_CREDENTIALS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.UnknownCredentialError,
+    boto.NoAuthTokenError,
+    boto.TokenRetrievalError,
+    boto.SSOError,
+    boto.ProfileNotFound,
+    boto.ConfigParseError,
+)
+_SKEW_S = 15 * 60.0
+_SECRET = re.compile(
+    r"(?i)\b(?:A3T[A-Z0-9]|AKIA|ASIA)[A-Z0-9]{12,}\b"
+    r"|(?<=://)[^/\s@]+@"
+    r"|(?:X-Amz-(?:Signature|Credential|Security-Token)|Authorization|Signature|Credential|(?:session|security).?token)"
+    r"['\"]?\s*[=:]\s*(?:AWS4-HMAC-SHA256 )?[^\s&,;'\"]+"
+)
+
+
+@contextmanager
+def translated(operation: str, key: str) -> Iterator[None]:
+    """Raise our error for any of theirs."""
+    try:
+        yield
+    except (boto.ClientError, boto.BotoCoreError, HTTPError, HTTPException, OSError) as error:
+        raise mapped(error, operation, key) from _redacted_cause(error)
+
+
+def mapped(error: Exception, operation: str, key: str) -> StoreError | CorruptCheckpointError:
+    """Our error for one of theirs. The code decides; where there is none (an answer to HEAD), the status does."""
+    if isinstance(error, boto.ClientError):
+        return _mapped_answer(error, operation, key)
+    kind: type[StoreError] = StoreError
+    way_out = ""
+    if isinstance(error, _CREDENTIALS):
+        kind, way_out = StoreAuthError, _WAY_OUT[StoreAuthError]
+    elif isinstance(error, boto.NoRegionError):
+        way_out = "set S3Options(region=...) or AWS_DEFAULT_REGION"
+    elif _distrusts_certificate(error):
+        way_out = "name the certificate's authority in AWS_CA_BUNDLE"
+    elif isinstance(error, _CONNECTION) and not _is_mistake(error):
+        kind = TransientStoreError
+    text = f"{operation}: {redact(str(error))}"
+    return kind(f"{text}; {way_out}" if way_out else text, key=key)
+
+
+def _mapped_answer(error: boto.ClientError, operation: str, key: str) -> StoreError | CorruptCheckpointError:
+    facts: dict[str, Any] = dict(error.response.get("Error", {}))
+    about: dict[str, Any] = dict(error.response.get("ResponseMetadata", {}))
+    code = code_of(error)
+    status = int(about.get("HTTPStatusCode", 0))
+    headers = about.get("HTTPHeaders", {})
+    text = f"{operation}: {redact(str(facts.get('Message') or 'no message'))} ({code or status})"
+    if code == "InvalidRange" or status == 416:
+        return CorruptCheckpointError(f"{text}; the object is shorter than what refers to it", key=key)
+    kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransientStoreError if status >= 500 else StoreError)
+    times = _skewed_times(facts, headers) if kind in (StoreAuthError, ClockSkewError) else None
+    if times:
+        kind = ClockSkewError
+        text += f"; this host says {times[0]}, the store says {times[1]}"
+    region = facts.get("Region") or headers.get("x-amz-bucket-region")
+    if kind is StoreNotFoundError and region:
+        return StoreNotFoundError(
+            f"{text}; the bucket is in region {region}: set S3Options(region={region!r})", key=key
+        )
+    if code == "InvalidObjectState":
+        text += "; the object is archived: restore it from the archive first"
+    return kind(f"{text}; {_WAY_OUT[kind]}" if kind in _WAY_OUT else text, key=key)
+
+
+def code_of(error: boto.ClientError) -> str:
+    """The store's own word for an error; empty where it sent none and botocore put the status there."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return "" if code.isdigit() else code
+
+
+def redact(text: str) -> str:
+    """Take out whatever looks like a credential: servers may echo what they were sent."""
+    return _SECRET.sub("[redacted]", text)[:1000]
+
+
+def _redacted_cause(error: Exception) -> Exception:
+    """The error itself, its text free of credentials: it becomes the cause of ours, and is printed with it."""
+    text = str(error)
+    if redact(text) != text:
+        error.args = (redact(text),)
+        if isinstance(error, boto.ClientError):
+            error.response["Error"] = {"Code": code_of(error), "Message": "[redacted]"}
+    return error
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether botocore's catch-all for the wire holds something that no network does."""
+    return type(error) is boto.HTTPClientError and not isinstance(error.kwargs.get("error"), _WIRE)
+
+
+def _distrusts_certificate(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        inner = error.kwargs.get("error") if isinstance(error, boto.BotoCoreError) else None
+        inner = inner or next((one for one in error.args if isinstance(one, BaseException)), None)
+        error = inner or error.__cause__
+    return False
+
+
+def _skewed_times(facts: dict[str, Any], headers: dict[str, str]) -> tuple[str, str] | None:
+    """What both clocks say, if they differ by more than S3 accepts; the `Date` of a 403 tells even without a code."""
+    if facts.get("RequestTime") and facts.get("ServerTime"):
+        return str(facts["RequestTime"]), str(facts["ServerTime"])
+    try:
+        theirs = parsedate_to_datetime(headers["date"])
+    except (KeyError, ValueError):
+        return None
+    ours = datetime.now(UTC)
+    return (ours.isoformat(), theirs.isoformat()) if abs((ours - theirs).total_seconds()) > _SKEW_S else None

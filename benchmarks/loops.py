@@ -1,0 +1,122 @@
+"""What the main thread does while a save runs, and how well it goes on doing it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from benchmarks.trained import trainer
+
+Barrier = Callable[[], None]
+
+
+def no_barrier() -> None:
+    """Nothing to wait for."""
+
+
+class Loop(Protocol):
+    """One iteration a call. A training step calls `barrier` before its optimizer changes what may still be copied."""
+
+    name: str
+
+    def __call__(self, barrier: Barrier) -> None: ...
+
+
+class Idle:
+    """Waits, in naps of a millisecond: the saver has the machine to itself."""
+
+    name = "idle"
+
+    def __call__(self, barrier: Barrier) -> None:
+        time.sleep(0.001)
+
+
+class BusyPython:
+    """Pure Python that never lets go of the GIL by itself, as a main thread that only dispatches; about 50 us."""
+
+    name = "python"
+
+    def __call__(self, barrier: Barrier) -> None:
+        total = 0
+        for number in range(1500):
+            total += number
+
+
+class SmallTorch:
+    """Small torch operations, each too short to let another thread in for long; about 50 us."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._a = torch.ones(32, 32)
+        self._b = torch.full((32, 32), 1e-3)
+
+    def __call__(self, barrier: Barrier) -> None:
+        for _ in range(10):
+            self._a.mul_(self._b).add_(1.0)
+
+
+class TrainingStep:
+    """Forward, backward and AdamW of a small GPT on the CPU, on all cores; tens of milliseconds."""
+
+    name = "train"
+
+    def __init__(self) -> None:
+        _, optimizer, self._steps = trainer(width=96, seed=1)
+        self._barrier: Barrier = no_barrier
+        optimizer.register_step_pre_hook(lambda *_: self._barrier())
+
+    def __call__(self, barrier: Barrier) -> None:
+        self._barrier = barrier
+        next(self._steps)
+
+
+LOOPS: dict[str, Callable[[], Loop]] = {
+    "idle": Idle,
+    "python": BusyPython,
+    "torch": SmallTorch,
+    "train": TrainingStep,
+}
+
+
+@dataclass(slots=True)
+class Window:
+    """Iterations of a loop over a while. `longest_gap_s`: the longest time between the ends of two iterations."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    ended_s: float = 0.0
+    iterations: int = 0
+    longest_gap_s: float = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.ended_s - self.started_s
+
+    @property
+    def per_s(self) -> float:
+        return self.iterations / self.elapsed_s
+
+    def run(self, loop: Loop, until: Callable[[], bool], barrier: Barrier = no_barrier) -> None:
+        """Iterate until `until()`, asked after each iteration. May be called again: the window goes on, gaps between included."""
+        last = self.ended_s or self.started_s
+        gap, iterations = self.longest_gap_s, self.iterations
+        clock = time.perf_counter
+        while True:
+            loop(barrier)
+            now = clock()
+            iterations += 1
+            gap = max(gap, now - last)
+            last = now
+            if until():
+                break
+        self.ended_s, self.iterations, self.longest_gap_s = last, iterations, gap
+
+
+def quiet(loop: Loop, seconds: float) -> Window:
+    """A window in which nothing is saved."""
+    window = Window()
+    end_s = window.started_s + seconds
+    window.run(loop, lambda: time.perf_counter() >= end_s)
+    return window

@@ -1,0 +1,99 @@
+"""The one contract of every system in the benchmark."""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from benchmarks.states import State
+
+
+class Saving:
+    """One save on its way. Every stamp is taken by the harness's clock, in seconds from the moment `save()` was called.
+
+    An asynchronous system stamps on its own thread, at once, so that a busy main thread delays no stamp by its own slowness.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.returned_s = 0.0
+        self.staged_s = 0.0
+        self.durable_s = 0.0
+        self._error: BaseException | None = None
+        self._staged = threading.Event()
+        self._durable = threading.Event()
+        self._started_s = time.perf_counter()
+
+    def returned(self) -> None:
+        """The call is over."""
+        self.returned_s = time.perf_counter() - self._started_s
+
+    def staged(self, error: BaseException | None = None) -> None:
+        """The snapshot is complete: the state may change."""
+        self.staged_s = time.perf_counter() - self._started_s
+        self._error = self._error or error
+        self._staged.set()
+
+    def durable(self, error: BaseException | None = None) -> None:
+        """The checkpoint is complete and synced: a crash of the machine leaves it whole."""
+        self.durable_s = time.perf_counter() - self._started_s
+        self._error = self._error or error
+        self._staged.set()
+        self._durable.set()
+
+    def done(self) -> bool:
+        return self._durable.is_set()
+
+    def wait_staged(self) -> None:
+        self._staged.wait()
+        self._raise()
+
+    def wait_durable(self) -> None:
+        self._durable.wait()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class Peer(ABC):
+    """A system that saves a state to a folder of its own.
+
+    `guards_steps`: it holds an optimizer's step back itself until the snapshot is complete; for others the loop must wait.
+    """
+
+    name: str
+    guards_steps = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / self.name
+        self.folder.mkdir(parents=True)
+
+    def prepare(self, state: State) -> None:
+        """Whatever the system offers to do ahead of the first save. Not timed."""
+
+    @abstractmethod
+    def save(self, step: int, state: State) -> Saving:
+        """Start a save, as soon as the system returns; durable means synced, for everybody."""
+
+    @abstractmethod
+    def restore(self, step: int, state: State) -> None:
+        """Load into the objects of `state`."""
+
+    @abstractmethod
+    def stored_bytes(self, step: int) -> int:
+        """Bytes of the checkpoint in the store."""
+
+    @abstractmethod
+    def forget(self, step: int) -> None:
+        """Delete a checkpoint, outside of all timing."""
+
+    def close(self) -> None:
+        """End whatever runs in the background."""
+
+
+def bytes_below(path: Path) -> int:
+    """Bytes of a file or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,36 @@
+"""`torch.save` to one file, then a sync: what most training scripts do. It blocks until the end."""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import sync_file
+from benchmarks.peers.base import Peer, Saving
+from benchmarks.states import State
+
+
+class TorchSave(Peer):
+    name = "torch.save"
+
+    def save(self, step: int, state: State) -> Saving:
+        saving = Saving(step)
+        torch.save(state.state_dicts(), self._path(step))
+        sync_file(self._path(step))
+        saving.durable()
+        saving.staged_s = saving.durable_s
+        saving.returned()
+        return saving
+
+    def restore(self, step: int, state: State) -> None:
+        loaded = torch.load(self._path(step), mmap=True, weights_only=True)
+        for name, held in state.objects.items():
+            held.load_state_dict(loaded[name])
+
+    def stored_bytes(self, step: int) -> int:
+        return self._path(step).stat().st_size
+
+    def forget(self, step: int) -> None:
+        self._path(step).unlink()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:010d}.pt"

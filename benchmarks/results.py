@@ -1,0 +1,143 @@
+"""Figures of one run: a table for people, a JSON line for machines, and whether the stated goals were met."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Spread
+
+_REPOSITORY = Path(__file__).parent.parent
+_PACKAGES = ("torch", "numpy", "zstandard", "blake3", "safetensors", "boto3")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a figure must be. `at_least`: the figure must not be below the limit, otherwise not above it."""
+
+    text: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return f"{'met ' if self.met else 'MISS'}  {self.text}: {self.value:.4g} {sign} {self.limit:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "value": self.value, "limit": self.limit, "at_least": self.at_least, "met": self.met}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One system in one scenario. Units stand in the names of `measures`. `error`: why there are none."""
+
+    scenario: str
+    state: str
+    peer: str
+    measures: dict[str, Spread | float]
+    goals: Sequence[Goal] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "scenario": self.scenario,
+            "state": self.state,
+            "peer": self.peer,
+            "measures": {name: v.to_json() if isinstance(v, Spread) else v for name, v in self.measures.items()},
+            "goals": [goal.to_json() for goal in self.goals],
+            "settings": self.settings,
+            "error": self.error,
+        }
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row a result, one table a scenario and state: medians, with the smallest and largest sample behind them."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.scenario, result.state), []).append(result)
+    return "\n\n".join(_one_table(f"{scenario}: {state}", rows) for (scenario, state), rows in groups.items())
+
+
+def _one_table(title: str, results: list[Result]) -> str:
+    names = list(dict.fromkeys(name for result in results for name in result.measures))
+    rows = [["", *names]]
+    for result in results:
+        cells = [_text(name, result.measures[name]) if name in result.measures else "-" for name in names]
+        rows.append([result.peer, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    errors = [f"{result.peer} did not run: {result.error}" for result in results if result.error]
+    return "\n".join([title, *lines, *errors, *(str(goal) for result in results for goal in result.goals)])
+
+
+def _text(name: str, value: Spread | float) -> str:
+    if not isinstance(value, Spread):
+        return _number(name, value)
+    if value.samples == 1:
+        return _number(name, value.median)
+    return f"{_number(name, value.median)} ({_number(name, value.min)} .. {_number(name, value.max)})"
+
+
+def _number(name: str, value: float) -> str:
+    if name.endswith("_s") and not name.endswith("per_s"):
+        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.2f} s"
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+# -- where and when
+
+
+def machine() -> dict[str, Any]:
+    """What a figure cannot be read without."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def append(path: Path, results: Sequence[Result], values: str) -> None:
+    """One JSON line a result. `values`: where the state's values come from."""
+    about = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(["python", "-m", "benchmarks.bench", *sys.argv[1:]]),
+        "values": values,
+        "machine": machine(),
+    }
+    with path.open("a") as file:
+        for result in results:
+            file.write(json.dumps(result.to_json() | about) + "\n")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", _REPOSITORY, *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain") else "")

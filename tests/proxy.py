@@ -1,0 +1,144 @@
+"""A TCP proxy on loopback whose faults are switched while it runs."""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
+
+
+class Proxy:
+    """Forwards connections to `url`, and is found at `.url`. Set the attributes at any time, from any thread.
+
+    `down`: connections, new and open, are reset. `delay_s`: waited before each piece is forwarded. `bytes_per_s`: of
+    each direction of each connection. `truncate_response_bytes`: an answer is cut behind so many bytes.
+    `drop_responses`: so many answers are lost: the request was forwarded, the connection is reset instead of its answer.
+    `connections`: how many were accepted.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname
+        assert parts.port
+        self._server = (parts.hostname, parts.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.delay_s = 0.0
+        self.bytes_per_s: float | None = None
+        self.truncate_response_bytes: int | None = None
+        self.drop_responses = 0
+        self.connections = 0
+        self._down = False
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def down(self) -> bool:
+        return self._down
+
+    @down.setter
+    def down(self, value: bool) -> None:
+        self._down = value
+        if value:
+            self._reset_all()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._listener.close()
+        self._reset_all()
+        for thread in list(self._threads):
+            thread.join(timeout=5)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            if self._down:
+                _reset(client)
+                continue
+            try:
+                server = socket.create_connection(self._server, timeout=10)
+            except OSError:
+                _reset(client)
+                continue
+            server.settimeout(None)
+            for one in (client, server):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._open |= {client, server}
+            state = {"answered_bytes": 0}
+            for source, target, is_answer in ((client, server, False), (server, client, True)):
+                arguments = (source, target, is_answer, state)
+                thread = threading.Thread(target=self._pump, args=arguments, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, is_answer: bool, state: dict[str, int]) -> None:
+        try:
+            while piece := source.recv(65536):
+                if self.delay_s:
+                    time.sleep(self.delay_s)
+                if self.bytes_per_s:
+                    time.sleep(len(piece) / self.bytes_per_s)
+                if not is_answer:
+                    state["answered_bytes"] = 0
+                elif not piece.startswith(b"HTTP/1.1 100 ") and not self._lets_pass(piece, target, state):
+                    break
+                target.sendall(piece)
+        except OSError:
+            pass
+        finally:
+            for one in (source, target):
+                with self._lock:
+                    self._open.discard(one)
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+                if is_answer:
+                    one.close()
+
+    def _lets_pass(self, piece: bytes, client: socket.socket, state: dict[str, int]) -> bool:
+        with self._lock:
+            dropped = self.drop_responses > 0
+            self.drop_responses -= dropped
+        if dropped:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            return False
+        limit = self.truncate_response_bytes
+        if limit is not None and state["answered_bytes"] + len(piece) > limit:
+            client.sendall(piece[: limit - state["answered_bytes"]])
+            return False
+        state["answered_bytes"] += len(piece)
+        return True
+
+    def _reset_all(self) -> None:
+        with self._lock:
+            sockets, self._open = self._open, set()
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def _reset(one: socket.socket) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    one.close()

@@ -1,0 +1,201 @@
+"""Random structures: plan, encode, store, index, decode, equal."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncckpt.errors import CheckpointError, DigestMismatchError
+from asyncckpt.format import keys
+from asyncckpt.format.digest import digest
+from asyncckpt.format.dtypes import DTYPES
+from asyncckpt.format.frames import compress, decompress, encode_shard
+from asyncckpt.format.index import Index
+from asyncckpt.format.planes import merge, split
+from asyncckpt.format.shard import parse_header
+from tests.unit.format.checkpoints import MIXED, load, store, structure_of
+
+CODECS = ["planes", "zstd", "none"]
+NAME = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
+    ["__metadata__", "", "#1", "a/b"]
+)
+SMALL = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+LARGE = SMALL | st.tuples(st.integers(1000, 90_000))
+LAYOUT = st.one_of(
+    st.tuples(st.just(SMALL), st.sampled_from([1, 100])),
+    st.tuples(st.just(LARGE), st.sampled_from([None, 20_000, 200_000])),
+)
+
+
+@st.composite
+def states(draw):
+    """Groups of tensors, and a size of shards that cuts some of them."""
+    shape, shard_bytes = draw(LAYOUT)
+    tensors = st.dictionaries(NAME.map(keys.escape), st.tuples(st.sampled_from(sorted(DTYPES)), shape), max_size=6)
+    return draw(st.dictionaries(st.none() | NAME | st.integers(), tensors, max_size=3)), shard_bytes
+
+
+def check(stored):
+    index = stored.parsed
+    for number, value in enumerate(stored.values):
+        path = stored.plan.structure.path(number)
+        assert load(index, stored.objects, path) == value
+        tensor = index.tensors[path]
+        spec = stored.plan.structure.tensors[number]
+        assert (tensor.group, tensor.name, tensor.dtype, tensor.shape) == (
+            spec.group,
+            spec.name,
+            spec.dtype,
+            spec.shape,
+        )
+        assert tensor.raw_bytes == len(value)
+    assert index.raw_bytes == stored.plan.data_bytes
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(state=states(), codec=st.sampled_from(CODECS))
+def test_any_structure_comes_back_bit_exact(state, codec):
+    groups, shard_bytes = state
+    stored = store(structure_of(groups), codec, shard_bytes)
+    check(stored)
+    assert {group.key: group for group in stored.parsed.groups} == {
+        group.key: group for group in stored.plan.structure.groups
+    }
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("shard_bytes", [None, 300_000, 3000])
+def test_a_mixed_state_comes_back_bit_exact(codec, shard_bytes):
+    check(store(structure_of(MIXED), codec, shard_bytes))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("excess", [-1, 0, 1, 100_003])
+def test_blocks_end_where_they_should(dtype, excess):
+    count = 4 * 2**20 // DTYPES[dtype].element_bytes + excess
+    check(store(structure_of({"m": {"w": (dtype, (count,)), "v": (dtype, (3,))}}), "planes"))
+
+
+def test_aliases_and_the_tree_come_back():
+    tree = {"dict": {"m": {"dict": {"w": "tensor", "é": {"list": ["value", "tensor"]}}}}}
+    stored = store(structure_of({"m": {"w": ("float32", (3,))}}, aliases=[(0, "tied", 0)], tree=tree))
+    index = stored.parsed
+    assert index.aliases == {"m/tied": "m/w"}
+    assert load(index, stored.objects, "m/tied") == stored.values[0]
+    assert index.tree == tree
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_without_a_digest_table_the_bytes_are_the_same(codec):
+    stored = store(structure_of(MIXED), codec)
+    layout = stored.plan
+    arena = memoryview(bytearray(b"\xa5" * layout.arena_bytes))
+    for offset, value in zip(layout.tensor_offsets, stored.values, strict=True):
+        arena[offset : offset + len(value)] = value
+    before = bytes(arena)
+    for shard in layout.shards:
+        frames = [bytes(frame.data) for frame in encode_shard(shard, arena, layout.codec, None)]
+        assert b"".join(frames) == stored.objects["step-0000000007/0a1b2c3d-1/" + shard.name]
+    assert before == arena
+
+
+def test_the_digest_table_holds_every_chunk():
+    stored = store(structure_of(MIXED), shard_bytes=300_000)
+    index = stored.parsed
+    seen = 0
+    for number, value in enumerate(stored.values):
+        start = 0
+        for chunk in index.tensors[stored.plan.structure.path(number)].chunks:
+            assert chunk.digest == digest(value[start : start + chunk.raw_bytes])
+            start += chunk.raw_bytes
+            seen += 1
+    assert seen == stored.plan.chunk_count
+
+
+def test_codec_none_borrows_large_tensors_from_the_arena():
+    structure = structure_of({"m": {"w": ("uint8", (100_000,)), "a": ("uint8", (10,)), "b": ("uint8", (10,))}})
+    stored = store(structure, "none")
+    (shard,) = stored.plan.shards
+    arena = memoryview(bytearray(stored.plan.arena_bytes))
+    _, large, small = encode_shard(shard, arena, "none", None)
+    assert isinstance(large.data, memoryview)
+    assert large.data.obj is arena.obj
+    assert (small.raw_bytes, bytes(small.data)) == (20, bytes(20))
+    assert stored.parsed.shards[0].frames == ()
+
+
+def test_a_range_of_the_stream_is_found_without_a_scan():
+    stored = store(structure_of(MIXED), "planes", 300_000)
+    for shard in stored.parsed.shards:
+        for start, end in [(0, 1), (0, shard.raw_bytes), (shard.raw_bytes - 1, shard.raw_bytes), (100, 121)]:
+            offset, size, rows = shard.stored_range(start, end)
+            assert rows[0][0] <= start < rows[0][0] + rows[0][1]
+            assert rows[-1][0] < end <= rows[-1][0] + rows[-1][1]
+            assert (offset, size) == (rows[0][2], sum(row[3] for row in rows))
+        assert shard.stored_range(5, 5) == (5, 0, ())
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4, 8])
+@pytest.mark.parametrize("count", [0, 1, 65_536, 70_001])
+def test_planes_are_split_and_merged(element_bytes, count):
+    import numpy as np
+
+    plain = np.random.default_rng(1).integers(0, 256, count * element_bytes, np.uint8)
+    planes, back = np.empty_like(plain), np.empty_like(plain)
+    split(plain, element_bytes, planes)
+    assert (planes.reshape(element_bytes, count) == plain.reshape(count, element_bytes).T).all()
+    merge(planes, element_bytes, back)
+    assert (back == plain).all()
+    unaligned = np.empty(len(plain) + 1, np.uint8)[1:]
+    merge(planes, element_bytes, unaligned)
+    assert (unaligned == plain).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_flipped_bit_of_a_shard_is_noticed_or_changes_nothing_that_is_read(codec):
+    structure = structure_of({"m": {"w": ("bfloat16", (40_000,)), "i": ("int64", (40,)), "b": ("float32", ())}})
+    stored = store(structure, codec)
+    ((key, data),) = stored.objects.items()
+    index = stored.parsed
+    unnoticed = []
+    for position in range(0, len(data), 16):
+        data[position] ^= 1 << position // 16 % 8
+        try:
+            values = read_all(index, {key: data})
+        except CheckpointError:
+            continue
+        finally:
+            data[position] ^= 1 << position // 16 % 8
+        assert values == stored.values
+        unnoticed.append(position)
+    assert len(unnoticed) <= 4  # bits that zstd's decoder ignores, such as the unused one of a frame's header
+    assert read_all(index, stored.objects) == stored.values
+
+
+def test_a_flipped_bit_of_an_index_is_noticed_by_its_digest_and_never_crashes_the_parser():
+    stored = store(structure_of({"m": {"w": ("bfloat16", (40_000,)), "i": ("int64", (40,))}}))
+    data = bytearray(decompress(stored.index, 10**6))
+    refused = 0
+    for position in range(len(data)):
+        data[position] ^= 1 << position % 8
+        assert digest(compress(bytes(data))) != digest(stored.index)
+        try:
+            Index.parse(bytes(data))
+        except CheckpointError:
+            refused += 1
+        data[position] ^= 1 << position % 8
+    assert refused > len(data) // 4
+
+
+def read_all(index, objects):
+    """Everything a shard holds, in the order of the index."""
+    (shard,) = index.shards
+    if shard.frames:
+        _, raw_bytes, start, size = shard.frames[0]
+        header = decompress(objects[shard.key][start : start + size], raw_bytes)
+    else:
+        first = min(chunk.raw_offset for tensor in index.tensors.values() for chunk in tensor.chunks)
+        header = bytes(objects[shard.key][:first])
+    if digest(header) != shard.header_digest:
+        raise DigestMismatchError("not the header that was stored")
+    parse_header(header, shard.raw_bytes)
+    return [load(index, objects, path) for path in index.tensors]

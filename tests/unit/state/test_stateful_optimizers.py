@@ -1,0 +1,224 @@
+import itertools
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from asyncckpt.errors import StateMismatchError
+from tests.unit.state.pocket import Pocket, snapshot
+
+OPTIMIZERS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+)
+OPTIONS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "AdamW": {"amsgrad": True}}
+
+
+class Training:
+    def __init__(self, name, dtype=torch.float32, steps=0, **options):
+        torch.manual_seed(0)
+        self.name, self.dtype = name, dtype
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).to(dtype)
+        parameters = [p for p in self.model.parameters() if name != "Muon" or p.dim() == 2]
+        self.optimizer = getattr(torch.optim, name)(parameters, lr=0.01, **{**OPTIONS.get(name, {}), **options})
+        for _ in range(steps):
+            self.step()
+
+    def step(self):
+        def loss():
+            self.optimizer.zero_grad()
+            value = self.model(torch.ones(2, 4, dtype=self.dtype)).square().sum()
+            value.backward()
+            if self.name == "SparseAdam":
+                for parameter in self.model.parameters():
+                    parameter.grad = parameter.grad.to_sparse()
+            return value
+
+        self.optimizer.step(loss)
+
+    @property
+    def state(self):
+        return {"m": self.model, "o": self.optimizer}
+
+    def seen(self):
+        return snapshot([dict(self.model.state_dict()), self.optimizer.state_dict()])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_bit_for_bit_with_every_optimizer(name, steps):
+    source, target = Training(name, steps=2), Training(name, steps=steps)
+    Pocket.of(source.state).restore(target.state)
+    assert target.seen() == source.seen()
+    source.step()
+    target.step()
+    assert target.seen() == source.seen()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
+def test_state_keeps_its_stored_dtype_beside_narrow_parameters(name, steps):
+    source, target = Training(name, torch.bfloat16, steps=2), Training(name, torch.bfloat16, steps=steps)
+    for inner in source.optimizer.state.values():
+        for key, value in inner.items():
+            inner[key] = value.float() + 1e-6
+    Pocket.of(source.state).restore(target.state)
+    assert target.seen() == source.seen()
+    dtypes = {value.dtype for inner in target.optimizer.state.values() for value in inner.values()}
+    assert dtypes == {torch.float32}
+
+
+def test_state_tensors_that_exist_are_copied_into():
+    source, target = Training("AdamW", steps=2), Training("AdamW", steps=1)
+    held = [tensor for inner in target.optimizer.state.values() for tensor in inner.values()]
+    Pocket.of(source.state).restore(target.state)
+    now = [tensor for inner in target.optimizer.state.values() for tensor in inner.values()]
+    assert all(one is other for one, other in zip(held, now, strict=True))
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor():
+    source, target = Training("AdamW", steps=1), Training("AdamW")
+    source.optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    rate = target.optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    Pocket.of(source.state).restore(target.state)
+    assert target.optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.25
+
+
+def test_parameter_groups_must_agree_in_number_and_length():
+    source, target = Training("SGD"), Training("SGD")
+    target.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(StateMismatchError, match="o/param_groups: 2 in the state, 1 in the checkpoint"):
+        Pocket.of(source.state).restore(target.state)
+    shorter = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(StateMismatchError, match="o/param_groups/#0/params: 1 in the state, 4 in the checkpoint"):
+        Pocket.of(source.state).restore({"o": shorter})
+
+
+def test_existing_state_of_another_shape_is_a_mismatch_and_changes_nothing():
+    source, target = Training("AdamW", steps=1), Training("AdamW", steps=2)
+    first = next(iter(target.optimizer.state.values()))
+    first["exp_avg"] = torch.zeros(7)
+    before = target.seen()
+    with pytest.raises(StateMismatchError, match=r"o/state/#0/exp_avg: shape \(7,\) in the state, \(3, 4\)"):
+        Pocket.of(source.state).restore(target.state)
+    assert target.seen() == before
+
+
+def test_hooks_of_an_optimizer_run_and_may_reorder_parameters():
+    source, target = Training("AdamW", steps=2), Training("AdamW")
+    order = [3, 2, 1, 0]
+    target.optimizer = torch.optim.AdamW([list(target.model.parameters())[at] for at in order], lr=0.01)
+
+    def reorder(optimizer, state):
+        groups = [{**state["param_groups"][0], "params": [0, 1, 2, 3]}]
+        return {"state": {at: state["state"][order[at]] for at in range(4)}, "param_groups": groups}
+
+    done = []
+    target.optimizer.register_load_state_dict_pre_hook(reorder)
+    target.optimizer.register_load_state_dict_post_hook(done.append)
+    Pocket.of(source.state).restore(target.state)
+    assert done == [target.optimizer]
+    for left, right in zip(source.model.parameters(), target.model.parameters(), strict=True):
+        assert snapshot(source.optimizer.state[left]) == snapshot(target.optimizer.state[right])
+
+
+def test_state_that_belongs_to_no_parameter_comes_back_as_a_private_copy():
+    source, target = Training("SGD", steps=1), Training("SGD")
+    source.optimizer.state["mine"] = {"t": torch.ones(2), "n": 3}
+    Pocket.of(source.state).restore(target.state)
+    assert snapshot(target.optimizer.state["mine"]) == snapshot({"t": torch.ones(2), "n": 3})
+
+
+def test_an_optimizer_with_a_state_dict_of_its_own_is_loaded_as_any_object():
+    class Own(torch.optim.SGD):
+        def state_dict(self):
+            return {"mine": torch.ones(2)}
+
+        def load_state_dict(self, state):
+            self.got = state["mine"]
+
+    parameters = [torch.zeros(1, requires_grad=True)]
+    target = Own(parameters)
+    Pocket.of({"o": Own(parameters)}).restore({"o": target})
+    assert target.got.tolist() == [1.0, 1.0]
+
+
+def schedulers():
+    def late(optimizer, kind, **options):
+        return kind(optimizer, **options)
+
+    inner = [
+        lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=2),
+        lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
+    ]
+    return {
+        "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lr_lambda=lambda epoch: 0.9**epoch),
+        "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lr_lambda=lambda epoch: 0.9),
+        "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+        "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+        "ConstantLR": inner[0],
+        "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+        "ExponentialLR": inner[1],
+        "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5),
+        "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+        "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+        "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+        "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+        "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+        "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([make(o) for make in inner]),
+        "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, [make(o) for make in inner], milestones=[2]),
+        "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.05),
+    }
+
+
+def test_every_scheduler_of_torch_is_listed_here():
+    kinds = {
+        name
+        for name in lr_scheduler.__all__
+        if issubclass(getattr(lr_scheduler, name), lr_scheduler.LRScheduler) and name not in ("LRScheduler",)
+    }
+    assert kinds <= set(schedulers())
+
+
+@pytest.mark.parametrize("name", schedulers())
+def test_every_scheduler_goes_on_where_it_stood(name):
+    def training(steps):
+        run = Training("SGD")
+        scheduler = schedulers()[name](run.optimizer)
+        for _ in range(steps):
+            tick(run, scheduler)
+        return run, scheduler
+
+    def tick(run, scheduler):
+        run.step()
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        return [group["lr"] for group in run.optimizer.param_groups]
+
+    (run, scheduler), (other, fresh) = training(3), training(0)
+    Pocket.of({**run.state, "s": scheduler}).restore({**other.state, "s": fresh})
+    assert snapshot(fresh.state_dict()) == snapshot(scheduler.state_dict())
+    rates = [(tick(run, scheduler), tick(other, fresh)) for _ in range(4)]
+    assert all(left == right for left, right in rates)
+    assert other.seen() == run.seen()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_grad_scaler_comes_back(enabled):
+    source = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
+    target = torch.amp.GradScaler("cpu", enabled=enabled)
+    Pocket.of({"g": source}).restore({"g": target})
+    assert target.state_dict() == source.state_dict()
+
+
+def test_two_optimizers_over_one_model_come_back():
+    source, target = Training("SGD", steps=1), Training("SGD")
+    states = []
+    for run in (source, target):
+        second = torch.optim.AdamW(itertools.islice(run.model.parameters(), 2))
+        states.append({**run.state, "second": second})
+    states[0]["second"].step()
+    Pocket.of(states[0]).restore(states[1])
+    assert target.seen() == source.seen()
+    assert snapshot(states[0]["second"].state_dict()) == snapshot(states[1]["second"].state_dict())
