@@ -6,13 +6,15 @@ PYTHON ?= python3
 TORCH_PIP ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools check format test demo clean
+.PHONY: help venv tools check format test demo bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +47,9 @@ test: tools $(INSTALLED) ## all tests; PYTEST_ARGS="-k name" for some
 
 demo: $(INSTALLED) ## kill a training run in the middle, resume it from S3, compare every loss bit for bit
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+bench: $(INSTALLED) ## compare with other ways to save, in under five minutes; BENCH_ARGS="--help" tells more
+	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.retention import recorded_steps
 from asyncckpt.events import SaveReport
+from asyncckpt.format.record import check_config
 from asyncckpt.launch import Launcher, SaveRequest, distributed
 from asyncckpt.options import Codec, EngineName, KeepRule, OnExists, S3Options, StepChoice, WhenFull
 from asyncckpt.restore import Restored, restore_from
@@ -80,6 +81,7 @@ class Saver:
         _check_choices(codec=codec, when_full=when_full, on_exists=on_exists, engine=engine)
         if pending < 1 or (workers is not None and workers < 1):
             raise ValueError("pending and workers are at least 1")
+        check_config(config)
         self.url = os.fspath(url)
         self._when_full = when_full
         self._on_exists: OnExists = on_exists

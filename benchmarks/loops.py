@@ -21,7 +21,7 @@ class Loop(Protocol):
 
     name: str
 
-    def __call__(self, barrier: Barrier) -> None: ...
+    def __call__(self, barrier: Barrier, /) -> None: ...
 
 
 class Idle:
@@ -29,7 +29,7 @@ class Idle:
 
     name = "idle"
 
-    def __call__(self, barrier: Barrier) -> None:
+    def __call__(self, _barrier: Barrier, /) -> None:
         time.sleep(0.001)
 
 
@@ -38,7 +38,7 @@ class BusyPython:
 
     name = "python"
 
-    def __call__(self, barrier: Barrier) -> None:
+    def __call__(self, _barrier: Barrier, /) -> None:
         total = 0
         for number in range(1500):
             total += number
@@ -53,7 +53,7 @@ class SmallTorch:
         self._a = torch.ones(32, 32)
         self._b = torch.full((32, 32), 1e-3)
 
-    def __call__(self, barrier: Barrier) -> None:
+    def __call__(self, _barrier: Barrier, /) -> None:
         for _ in range(10):
             self._a.mul_(self._b).add_(1.0)
 
@@ -68,7 +68,7 @@ class TrainingStep:
         self._barrier: Barrier = no_barrier
         optimizer.register_step_pre_hook(lambda *_: self._barrier())
 
-    def __call__(self, barrier: Barrier) -> None:
+    def __call__(self, barrier: Barrier, /) -> None:
         self._barrier = barrier
         next(self._steps)
 

@@ -123,10 +123,10 @@ def _shared_files(pid: int) -> dict[int, int]:
     """Inode and allocated bytes of every shared memory file among the process's descriptors."""
     found = {}
     try:
-        for entry in os.scandir(_PROC / str(pid) / "fd"):
+        for entry in (_PROC / str(pid) / "fd").iterdir():
             try:
-                if os.readlink(entry.path).startswith(_SHARED_FILES):
-                    status = os.stat(entry.path)
+                if str(entry.readlink()).startswith(_SHARED_FILES):
+                    status = entry.stat()
                     found[status.st_ino] = status.st_blocks * 512
             except OSError:
                 continue  # closed meanwhile
@@ -152,7 +152,7 @@ def _mapped_pss(pid: int) -> Iterable[tuple[int, int]]:
 
 def _count(pid: int, folder: str) -> int:
     try:
-        return len(os.listdir(_PROC / str(pid) / folder))
+        return sum(1 for _ in (_PROC / str(pid) / folder).iterdir())
     except OSError:
         return 0
 

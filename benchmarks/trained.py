@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from examples import train_gpt
 
@@ -54,7 +54,7 @@ def trainer(*, width: int, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimi
     def steps() -> Iterator[float]:
         while True:
             inputs, targets = loader.next_batch()
-            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

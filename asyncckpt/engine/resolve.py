@@ -26,6 +26,7 @@ def first_good(
     damaged, the first choice's error is raised.
     """
     damaged: dict[int, errors.CheckpointError] = {}
+    gone: errors.CheckpointError | None = None
     for _ in range(_RESOLVES):
         for step in _candidates(store, choice, damaged, hooks):
             try:
@@ -35,14 +36,16 @@ def first_good(
                 if isinstance(choice, int):
                     raise
                 _pass_over(step, error, damaged, hooks)
-            except errors.CheckpointNotFoundError:
+            except errors.CheckpointNotFoundError as error:
                 if isinstance(choice, int) and store.head(keys.record_key(step)) is None:
                     raise
+                gone = error
                 break  # removed or replaced since it was listed: look again
         else:
+            gone = None
             break
-    if damaged:
-        raise next(iter(damaged.values()))
+    if failure := next(iter(damaged.values()), gone):
+        raise failure
     return None
 
 

@@ -22,10 +22,14 @@ def verify_objects(store: Store, index: Index) -> None:
     for number, shard in enumerate(index.shards):
         try:
             _check_size(store, shard)
-            described = parse_header(_header(store, shard), shard.raw_bytes)
+            header = _header(store, shard)
         except errors.CheckpointError as error:
             error.at(key=shard.key)
             raise
+        try:
+            described = parse_header(header, shard.raw_bytes)
+        except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+            raise errors.CorruptCheckpointError(f"the shard's header is damaged: {error}", key=shard.key) from error
         if described != names.get(number, {}):
             raise errors.CorruptCheckpointError("the shard's header and the index differ", key=shard.key)
     for paths in _batches(index):

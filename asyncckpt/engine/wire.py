@@ -85,20 +85,25 @@ class Channel:
         return bool(self._outbox)
 
     def receive(self) -> list[tuple[Message, list[int]]] | None:
-        """Wait for bytes; the messages complete so far with their descriptors, or None at the end of the stream."""
-        try:
-            data, fds, flags, _ = socket.recv_fds(self.sock, _READ_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        except (ConnectionResetError, BrokenPipeError):
-            return None
-        except BlockingIOError:
-            return []
-        self._fds.extend(fds)
-        if flags & socket.MSG_CTRUNC:
-            raise OSError("descriptors were lost: the process has no free descriptor (raise `ulimit -n`)")
-        if not data:
-            return None
-        self._buffer += data
-        return self._complete()
+        """Wait for a message; those complete so far with their descriptors, or None at the end of the stream.
+
+        Empty only from a non-blocking socket in which nothing more is to read.
+        """
+        while True:
+            try:
+                data, fds, flags, _ = socket.recv_fds(self.sock, _READ_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            except (ConnectionResetError, BrokenPipeError):
+                return None
+            except BlockingIOError:
+                return []
+            self._fds.extend(fds)
+            if flags & socket.MSG_CTRUNC:
+                raise OSError("descriptors were lost: the process has no free descriptor (raise `ulimit -n`)")
+            if not data:
+                return None
+            self._buffer += data
+            if found := self._complete():
+                return found
 
     def close(self) -> None:
         """Close the socket and every descriptor that was received or queued and not taken."""

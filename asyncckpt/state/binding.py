@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import chain, compress
-from operator import call, is_
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -16,9 +14,15 @@ _FEW = 256
 
 @dataclass(slots=True)
 class Binding:
-    """What is known of the live tensors of one structure. Weak: a model that was dropped must not stay in memory."""
+    """What is known of the live tensors of one structure, which are known by their ids.
 
-    refs: list[ref[torch.Tensor]]
+    No references: they would keep a dropped model in memory. No weak ones either: `torch.utils.swap_tensors` refuses tensors
+    that have one. So a tensor may be mistaken for a dead one at its address; whatever matters then is compared at every save
+    (kind, dtype and shape by the flattener, layout, device, owners and ties here).
+    """
+
+    ids: list[int]
+    layouts: list[torch.layout]
     devices: list[torch.device]
     owned: list[int]  # ids of the optimizers' parameters
     ties: tuple[tuple[int, int], ...]  # (leaf, earlier leaf that is stored for it)
@@ -29,20 +33,21 @@ class Binding:
 
     def holds(self, leaves: list[torch.Tensor], owned: list[int]) -> bool:
         """Still true for these leaves? A few new tensors that nothing is known of (generator states) are taken in."""
-        if owned != self.owned or [leaf.device for leaf in leaves] != self.devices:
+        places = [leaf.device for leaf in leaves], [leaf.layout for leaf in leaves]
+        if owned != self.owned or places != (self.devices, self.layouts):
             return False
         if any(_view(leaves[a]) != _view(leaves[b]) for a, b in self.ties if leaves[a] is not leaves[b]):
             return False
-        if all(map(is_, map(call, self.refs), leaves)):
+        ids = list(map(id, leaves))
+        if ids == self.ids:
             return True
-        new = [at for at, (known, leaf) in enumerate(zip(self.refs, leaves, strict=True)) if known() is not leaf]
+        new = [at for at, (known, one) in enumerate(zip(self.ids, ids, strict=True)) if known != one]
         special = {*self.resolved, *chain.from_iterable(self.ties)}
         if len(new) > _FEW or any(self.flags[at] or at in special for at in new):
             return False
         if any(complaint(leaves[at]) or leaves[at].is_conj() or leaves[at].is_neg() for at in new):
             return False
-        for at in new:
-            self.refs[at] = ref(leaves[at])
+        self.ids = ids
         return True
 
 
@@ -64,7 +69,8 @@ def bind(walk: Walk, owned: list[int]) -> Binding:
     for at in resolved:
         flags[at] = False
     return Binding(
-        refs=list(map(ref, leaves)),
+        ids=list(map(id, leaves)),
+        layouts=[leaf.layout for leaf in leaves],
         devices=[leaf.device for leaf in leaves],
         owned=owned,
         ties=ties,

@@ -16,7 +16,9 @@ def private(get: Getter) -> Getter:
 
 def overlaps(tensor: torch.Tensor) -> bool:
     """Do elements share memory (an expanded tensor)? `copy_` refuses those."""
-    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not torch.nn.parameter.is_lazy(tensor) and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def copy_exact(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, compress
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -203,13 +204,10 @@ class Flattener:
             self._description = Description(walk.tokens)
             self._tokens, self._structure, self._binding = walk.tokens, None, None
         try:
-            shapes = [leaf.shape for leaf in leaves]
-        except RuntimeError:  # nested tensors have none
+            self._compare(leaves)
+        except RuntimeError:  # nested tensors have no shape
             self._check(leaves)
             raise
-        dtypes = [leaf.dtype for leaf in leaves]
-        if shapes != self._shapes or dtypes != self._dtypes:
-            self._shapes, self._dtypes, self._structure, self._binding = shapes, dtypes, None, None
         binding = self._bind(walk)
         if self._structure is None:
             self._structure = _structure(self._description, leaves, binding.ties)
@@ -223,6 +221,13 @@ class Flattener:
             overlappable=binding.overlappable,
             has_optimizer=bool(walk.optimizers),
         )
+
+    def _compare(self, leaves: list[torch.Tensor]) -> None:
+        """Forget the structure if a dtype or shape differs. Sizes are compared one by one: a list of 20,000 wakes the collector."""
+        dtypes = [leaf.dtype for leaf in leaves]
+        if dtypes != self._dtypes or not all(map(eq, map(torch.Tensor.size, leaves), self._shapes)):
+            shapes = [leaf.shape for leaf in leaves]
+            self._shapes, self._dtypes, self._structure, self._binding = shapes, dtypes, None, None
 
     def _bind(self, walk: Walk) -> Binding:
         """Check the live tensors, or only those that took another's place since the last time."""

@@ -60,7 +60,8 @@ _BY_STATUS: dict[int, type[StoreError]] = {
     507: DiskFullError,
 }
 _WAY_OUT: dict[type[StoreError], str] = {
-    StoreAuthError: "check the credentials that botocore finds (environment, profile, instance role) and their policy",
+    StoreAuthError: "check the credentials that botocore finds (environment, profile, instance role) and their policy"
+    " (without s3:ListBucket, S3 refuses to say that a key is missing)",
     StoreNotFoundError: "check the bucket's name, its region and the endpoint",
     ClockSkewError: "set this host's clock (NTP)",
     DiskFullError: "free space or raise the quota",
@@ -83,7 +84,7 @@ _SECRET = re.compile(
     r"(?i)\b(?:A3T[A-Z0-9]|AKIA|ASIA)[A-Z0-9]{12,}\b"
     r"|(?<=://)[^/\s@]+@"
     r"|(?:X-Amz-(?:Signature|Credential|Security-Token)|Authorization|Signature|Credential|(?:session|security).?token)"
-    r"['\"]?\s*[=:]\s*(?:AWS4-HMAC-SHA256 )?[^\s&,;'\"]+"
+    r"['\"]?\s*[=:]\s*['\"]?(?:AWS4-HMAC-SHA256 )?[^\s&,;'\"]+"
 )
 
 
@@ -165,7 +166,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _distrusts_certificate(error: BaseException | None) -> bool:
-    while error is not None:
+    while isinstance(error, BaseException):
         if isinstance(error, ssl.SSLCertVerificationError):
             return True
         inner = error.kwargs.get("error") if isinstance(error, boto.BotoCoreError) else None

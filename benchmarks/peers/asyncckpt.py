@@ -51,11 +51,11 @@ class AsyncCkpt(Peer):
             self._savings[event.step].staged()
         elif isinstance(event, SaveCommitted):
             self.reports[event.report.step] = event.report
-            self._savings.pop(event.report.step).durable()
+            self._savings[event.report.step].durable()
         elif isinstance(event, SaveFailed):
-            self._savings.pop(event.step).durable(event.error)
+            self._savings[event.step].durable(event.error)
         elif isinstance(event, SaveSkipped):
-            self._savings.pop(event.step).durable(RuntimeError(f"step {event.step} was skipped: {event.reason}"))
+            self._savings[event.step].durable(RuntimeError(f"step {event.step} was skipped: {event.reason}"))
 
 
 class AsyncCkptRaw(AsyncCkpt):

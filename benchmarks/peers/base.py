@@ -30,13 +30,16 @@ class Saving:
 
     def staged(self, error: BaseException | None = None) -> None:
         """The snapshot is complete: the state may change."""
-        self.staged_s = time.perf_counter() - self._started_s
-        self._error = self._error or error
-        self._staged.set()
+        if not self._staged.is_set():  # news of the snapshot may come after news of the end
+            self.staged_s = time.perf_counter() - self._started_s
+            self._error = self._error or error
+            self._staged.set()
 
     def durable(self, error: BaseException | None = None) -> None:
         """The checkpoint is complete and synced: a crash of the machine leaves it whole."""
         self.durable_s = time.perf_counter() - self._started_s
+        if not self._staged.is_set():
+            self.staged_s = self.durable_s
         self._error = self._error or error
         self._staged.set()
         self._durable.set()
@@ -70,7 +73,7 @@ class Peer(ABC):
         self.folder = folder / self.name
         self.folder.mkdir(parents=True)
 
-    def prepare(self, state: State) -> None:
+    def prepare(self, state: State) -> None:  # noqa: B027 - most offer nothing
         """Whatever the system offers to do ahead of the first save. Not timed."""
 
     @abstractmethod
@@ -89,7 +92,7 @@ class Peer(ABC):
     def forget(self, step: int) -> None:
         """Delete a checkpoint, outside of all timing."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have no background
         """End whatever runs in the background."""
 
 

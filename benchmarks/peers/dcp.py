@@ -1,10 +1,12 @@
 """torch.distributed.checkpoint: `async_save` on a thread or in a process, and the blocking `save`.
 
 The asynchronous ones with asynchronous staging into shared memory, kept and reused over saves (`DefaultStager`): the fastest
-documented way; the default staging blocks and allocates anew at each call. The writer syncs its files itself.
+documented way; the default staging blocks and allocates anew at each call. Shared memory takes a descriptor a tensor: where there are
+too few, the thread stages into private memory instead. The writer syncs its files itself and uses a thread a core.
 """
 
 import os
+import resource
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -21,6 +23,7 @@ from benchmarks.measure import sync
 from benchmarks.peers.base import Peer, Saving, bytes_below
 from benchmarks.states import State
 
+_OTHER_DESCRIPTORS = 500
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
@@ -50,7 +53,6 @@ class DcpSave(_Dcp):
         dcp.save(state.state_dicts(), storage_writer=self._writer(step), no_dist=True)
         sync(self._path(step))
         saving.durable()
-        saving.staged_s = saving.durable_s
         saving.returned()
         return saving
 
@@ -59,12 +61,14 @@ class _DcpAsync(_Dcp):
     kind: AsyncCheckpointerType
     no_dist: bool
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def prepare(self, state: State) -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        fits = len(state.tensors()) + _OTHER_DESCRIPTORS < most
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=False,  # this and non-blocking copies need an accelerator
-                use_shared_memory=True,
+                use_shared_memory=fits or self.kind is AsyncCheckpointerType.PROCESS,
                 use_async_staging=True,
                 use_non_blocking_copy=False,
             )

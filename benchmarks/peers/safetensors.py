@@ -20,7 +20,6 @@ class Safetensors(Peer):
         save_file(dict(_flat(state.state_dicts(), "")), self._path(step))
         sync_file(self._path(step))
         saving.durable()
-        saving.staged_s = saving.durable_s
         saving.returned()
         return saving
 

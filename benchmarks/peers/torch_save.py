@@ -17,7 +17,6 @@ class TorchSave(Peer):
         torch.save(state.state_dicts(), self._path(step))
         sync_file(self._path(step))
         saving.durable()
-        saving.staged_s = saving.durable_s
         saving.returned()
         return saving
 

@@ -39,6 +39,10 @@ class Verifier:
         self._state = state
         self._twin = state.twin()
 
+    def touch(self) -> None:
+        """Make the second state's pages exist before somebody looks at memory."""
+        self._twin.scrub()
+
     def check(self, peer: Peer, step: int) -> float:
         """The state as it is now is what `step` must hold. Returns the seconds of the restore alone."""
         self._twin.scrub()
@@ -105,7 +109,7 @@ def compare(context: Context, spec: StateSpec, loop_name: str, peers: Sequence[s
                 if samples[name].error is None:
                     kept = samples[name] if number else Samples()
                     try:
-                        _round(peer, state, loop, verifier, steps, kept, seconds=SAVING_S if number else 0.0)
+                        _round(peer, state, loop, verifier, steps, kept=kept, seconds=SAVING_S if number else 0.0)
                     except BitsDifferError:
                         raise
                     except Exception as error:
@@ -117,7 +121,7 @@ def compare(context: Context, spec: StateSpec, loop_name: str, peers: Sequence[s
 
 
 def _round(
-    peer: Peer, state: State, loop: Loop, verifier: Verifier, steps: Iterator[int], kept: Samples, *, seconds: float
+    peer: Peer, state: State, loop: Loop, verifier: Verifier, steps: Iterator[int], *, kept: Samples, seconds: float
 ) -> None:
     state.advance()
     observer = Observer()

@@ -2,7 +2,7 @@
 
 import itertools
 
-from benchmarks.measure import Spread, percentile, spread
+from benchmarks.measure import Observer, Spread, percentile, spread
 from benchmarks.peers import open_peer
 from benchmarks.results import Goal, Result
 from benchmarks.scenarios.base import Context, Verifier
@@ -25,12 +25,15 @@ def _one(context: Context, spec: StateSpec, name: str) -> Result:
     folder = context.folder / str(spec.parameters)
     peer = open_peer(name, folder)
     savings, restored_s = [], []
+    foreign_cores = []
     try:
         peer.prepare(state)
         for step in itertools.islice(itertools.count(1), (context.rounds or SAVES) + 2):
             state.advance()
+            observer = Observer()
             saving = peer.save(step, state)
             saving.wait_durable()
+            foreign_cores.append(observer.stop().foreign_cores)
             restored_s.append(verifier.check(peer, step))
             peer.forget(step)
             savings.append(saving)
@@ -44,6 +47,7 @@ def _one(context: Context, spec: StateSpec, name: str) -> Result:
         "durable_s": spread(saving.durable_s for saving in savings[2:]),
         "first_call_s": savings[0].returned_s,
         "restore_s": spread(restored_s),
+        "foreign_cores": max(foreign_cores),
     }
     limit_s = LIMIT_S[spec.name]
     goals = (

@@ -1,5 +1,6 @@
 """200 saves in one process: memory and descriptors of trainer, service and workers stay what they were after the fifth."""
 
+import gc
 from dataclasses import dataclass
 
 from benchmarks import measure
@@ -28,6 +29,8 @@ def _one(context: Context, name: str) -> Result:
     spec = SERIAL.resized(context.size)
     state = build(spec)
     verifier = Verifier(state)
+    verifier.touch()
+    gc.collect()
     before = _look()
     peer = open_peer(name, context.folder)
     looks: list[_Look] = []

@@ -41,8 +41,6 @@ UNSAFE_KEYS = [
 class StoreContract:
     """Subclasses give a fixture `store`: fresh, empty, at a root that was never written."""
 
-    honours_if_absent = True
-
     @pytest.fixture
     def store(self) -> Store:
         raise NotImplementedError
@@ -75,33 +73,6 @@ class StoreContract:
     def test_a_put_if_absent_of_a_free_key_stores(self, store: Store) -> None:
         store.put("key", [b"first"], if_absent=True)
         assert store.get("key", max_bytes=100) == b"first"
-
-    def test_a_put_if_absent_of_a_taken_key_raises_and_changes_nothing(self, store: Store) -> None:
-        if not self.honours_if_absent:
-            pytest.skip("this server ignores If-None-Match; the store says so")
-        store.put("key", [b"first"], if_absent=True)
-        with pytest.raises(ObjectExistsError) as caught:
-            store.put("key", [b"second"], if_absent=True)
-        assert caught.value.key == "key"
-        assert store.get("key", max_bytes=100) == b"first"
-
-    def test_of_many_writers_with_if_absent_one_wins(self, store: Store) -> None:
-        if not self.honours_if_absent or store.conditional_puts == "single_writer":
-            pytest.skip("this server ignores If-None-Match; the store says so")
-        barrier = threading.Barrier(8)
-
-        def write(number: int) -> bool:
-            barrier.wait()
-            try:
-                store.put("raced", [f"writer {number}".encode()], if_absent=True)
-            except ObjectExistsError:
-                return False
-            return True
-
-        with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(write, range(8)))
-        assert won.count(True) == 1
-        assert store.get("raced", max_bytes=100) == f"writer {won.index(True)}".encode()
 
     def test_an_absent_key_is_told_apart(self, store: Store) -> None:
         store.put("folder/object", [b"x"])
@@ -268,3 +239,34 @@ class StoreContract:
         for call in calls:
             with pytest.raises(UnsafeCheckpointError):
                 call()
+
+
+class ConditionalContract(StoreContract):
+    """A store whose `put(if_absent=True)` sees a taken key."""
+
+    def test_a_put_if_absent_of_a_taken_key_raises_and_changes_nothing(self, store: Store) -> None:
+        store.put("key", [b"first"], if_absent=True)
+        with pytest.raises(ObjectExistsError) as caught:
+            store.put("key", [b"second"], if_absent=True)
+        assert caught.value.key == "key"
+        assert store.get("key", max_bytes=100) == b"first"
+
+
+class AtomicContract(ConditionalContract):
+    """A store whose `put(if_absent=True)` also decides a race."""
+
+    def test_of_many_writers_with_if_absent_one_wins(self, store: Store) -> None:
+        barrier = threading.Barrier(8)
+
+        def write(number: int) -> bool:
+            barrier.wait()
+            try:
+                store.put("raced", [f"writer {number}".encode()], if_absent=True)
+            except ObjectExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(write, range(8)))
+        assert won.count(True) == 1
+        assert store.get("raced", max_bytes=100) == f"writer {won.index(True)}".encode()

@@ -11,23 +11,23 @@ from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
 from asyncckpt.store.retry import RetryingStore
 from asyncckpt.store.s3 import S3Store
-from tests.contract.store_contract import StoreContract
+from tests.contract.store_contract import AtomicContract, ConditionalContract, StoreContract
 from tests.faulty import FaultyStore
 
 
-class TestMemoryStore(StoreContract):
+class TestMemoryStore(AtomicContract):
     @pytest.fixture
     def store(self) -> Store:
         return MemoryStore()
 
 
-class TestLocalStore(StoreContract):
+class TestLocalStore(AtomicContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return LocalStore(tmp_path / "made" / "by the first write")
 
 
-class TestRetryingStore(StoreContract):
+class TestRetryingStore(AtomicContract):
     @pytest.fixture
     def store(self) -> Store:
         every_second_call = range(1, 1_000_000, 2)
@@ -35,7 +35,7 @@ class TestRetryingStore(StoreContract):
         return RetryingStore(FaultyStore(MemoryStore(), every_second_call), policy)
 
 
-class TestS3StoreOnMoto(StoreContract):
+class TestS3StoreOnMoto(AtomicContract):
     @pytest.fixture
     def store(self, moto_endpoint: str, s3_bucket: str) -> Iterator[Store]:
         with S3Store(s3_bucket, "some/prefix", S3Options(endpoint_url=moto_endpoint)) as store:
@@ -43,15 +43,18 @@ class TestS3StoreOnMoto(StoreContract):
 
 
 class TestS3StoreOnRclone(StoreContract):
-    honours_if_absent = False
-
     @pytest.fixture
     def store(self, rclone_endpoint: str, rclone_bucket: str) -> Iterator[Store]:
         with S3Store(rclone_bucket, "some/prefix", S3Options(endpoint_url=rclone_endpoint)) as store:
             yield store
 
+    def test_a_server_may_ignore_the_condition_so_the_store_is_unproven(self, store: Store) -> None:
+        store.put("key", [b"first"], if_absent=True)
+        store.put("key", [b"second"], if_absent=True)
+        assert store.conditional_puts == "unproven"
 
-class TestS3StoreOfASingleWriterOnRclone(StoreContract):
+
+class TestS3StoreOfASingleWriterOnRclone(ConditionalContract):
     """The promise of a single writer makes a look enough, where the server ignores the condition."""
 
     @pytest.fixture

@@ -465,6 +465,16 @@ def test_a_step_asked_for_that_retention_takes_away_is_not_found():
     assert caught.value.step == 10
 
 
+def test_a_listing_that_never_agrees_with_the_records_is_no_empty_run():
+    class Forgetful(CountingStore):
+        def get(self, key, *, max_bytes):
+            raise errors.ObjectNotFoundError("no such object", key=key)
+
+    with pytest.raises(errors.CheckpointNotFoundError) as caught:
+        restore_from(Forgetful(stored_run(10)), {})
+    assert caught.value.step == 10
+
+
 def test_progress_is_told_in_events():
     store = stored_run(5)
     _, index = read_checkpoint(store, 5)

@@ -62,7 +62,9 @@ def random_bytes(dtype: torch.dtype, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("overlap", [False, True])
-def test_every_dtype_is_copied_bit_by_bit_whatever_its_layout(dtype: torch.dtype, overlap: bool, copier: Copier) -> None:
+def test_every_dtype_is_copied_bit_by_bit_whatever_its_layout(
+    dtype: torch.dtype, overlap: bool, copier: Copier
+) -> None:
     flat = random_bytes(dtype, 60)
     state = {
         "flat": flat,
@@ -81,7 +83,9 @@ def test_every_dtype_is_copied_bit_by_bit_whatever_its_layout(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "expanded", "shifted", "scalar"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128], ids=str
+)
 def test_optimizer_state_of_any_layout_is_overlapped_and_exact(layout: str, dtype: torch.dtype, copier: Copier) -> None:
     data = torch.randn(2 * 6 * 4 * 4 + 1).to(dtype)
     whole = data[:-1].view(2, 6, 4, 4)
@@ -233,7 +237,7 @@ def test_a_failing_copy_ends_with_its_error_and_lets_the_step_pass() -> None:
 
 def test_a_step_on_the_copy_thread_itself_does_not_deadlock() -> None:
     model, optimizer = trained()
-    copier = Copier(before_copy=lambda: optimizer.step())
+    copier = Copier(before_copy=optimizer.step)
     rig = Rig({"model": model, "optimizer": optimizer}, copier)
     copy = rig.save()
     copy.wait(PATIENCE_S)
@@ -343,7 +347,7 @@ def test_a_freed_storage_is_refused_by_its_path_instead_of_read(overlap: bool, c
     model, optimizer = trained()
     rig = Rig({"model": model, "optimizer": optimizer}, copier)
     model[2].weight.untyped_storage().resize_(0)
-    with pytest.raises(UnsupportedTensorError, match="model/2.weight"):
+    with pytest.raises(UnsupportedTensorError, match=r"model/2\.weight"):
         copier.copy(rig.flat, rig.plan, rig.arena, overlap=overlap, started_s=0.0, then=rig.then.append)
     assert rig.then == []
     rig.close()

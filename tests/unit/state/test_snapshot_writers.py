@@ -16,6 +16,7 @@ from tests.snapshots import PATIENCE_S, Moment, Rig, in_thread
 
 Optimizer = torch.optim.Optimizer
 WEIGHT = "model/0.weight"
+STEP = "optimizer/state/#0/step"  # versions are looked at first, and this one always rises
 
 
 class BehindStep:
@@ -51,7 +52,9 @@ def make_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
 
 
-def make_trained(kind: Callable[..., Optimizer] = torch.optim.AdamW, **options: object) -> tuple[torch.nn.Module, Optimizer]:
+def make_trained(
+    kind: Callable[..., Optimizer] = torch.optim.AdamW, **options: object
+) -> tuple[torch.nn.Module, Optimizer]:
     model = make_model()
     optimizer = kind(model.parameters(), **options)
     for parameter in model.parameters():
@@ -91,10 +94,6 @@ def swap_data_for_less(model: torch.nn.Module, optimizer: Optimizer) -> None:
 
 def free_storage(model: torch.nn.Module, optimizer: Optimizer) -> None:
     weight_of(model).data = torch.empty(0)
-
-
-def swap_tensors(model: torch.nn.Module, optimizer: Optimizer) -> None:
-    torch.utils.swap_tensors(model[0].weight, torch.nn.Parameter(torch.zeros(32, 32)))
 
 
 def set_vector(model: torch.nn.Module, optimizer: Optimizer) -> None:
@@ -140,7 +139,7 @@ def clip(model: torch.nn.Module, optimizer: Optimizer) -> None:
 
 
 TORN = [
-    write_in_place, write_data, write_numpy, write_foreign_view, swap_data, swap_data_for_less, free_storage, swap_tensors,
+    write_in_place, write_data, write_numpy, write_foreign_view, swap_data, swap_data_for_less, free_storage,
     set_vector, load_model, step_fused_without_hooks, step_by_hand,
 ]  # fmt: skip
 HARMLESS = [load_model_by_assignment, load_optimizer, clip]
@@ -156,7 +155,7 @@ def test_a_write_behind_the_hook_tears_the_snapshot_and_names_the_tensor(write: 
     assert moment.reached.wait(PATIENCE_S)
     write(model, optimizer)
     moment.pass_()
-    rig.assert_torn(copy, WEIGHT)
+    rig.assert_torn(copy, WEIGHT, STEP)
     assert "overlap=False" in str(copy.error)
     assert "wait_staged()" in str(copy.error)
     copier.close()
@@ -231,10 +230,6 @@ def step_in_a_thread(model: torch.nn.Module, optimizer: Optimizer) -> None:
     in_thread(optimizer.step).join(PATIENCE_S)
 
 
-def step_compiled(model: torch.nn.Module, optimizer: Optimizer) -> None:
-    torch.compile(optimizer.step, backend="eager")()
-
-
 class Plain(Optimizer):
     """A user's own: writes `.data`, which no version tells."""
 
@@ -281,6 +276,26 @@ def test_an_optimizer_step_waits_for_the_copy_so_the_snapshot_is_exact(
     rig.close()
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_step_waits_for_the_copy_too() -> None:
+    model, optimizer = make_trained()
+    copier = Copier(before_copy=(moment := Moment()))
+    rig = Rig({"model": model, "optimizer": optimizer}, copier)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    compiled()
+    copy = rig.save()
+    stepper = in_thread(compiled)
+    assert moment.reached.wait(PATIENCE_S)
+    stepper.join(0.05)
+    assert stepper.is_alive()
+    moment.pass_()
+    stepper.join(PATIENCE_S)
+    rig.assert_exact(copy)
+    assert copy.hook_wait_s > 0
+    copier.close()
+    rig.close()
+
+
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
 def test_without_the_hook_the_same_steps_tear_the_snapshot(options: dict[str, object], behind_step: BehindStep) -> None:
     model, optimizer = make_trained(torch.optim.AdamW, **options)
@@ -293,7 +308,7 @@ def test_without_the_hook_the_same_steps_tear_the_snapshot(options: dict[str, ob
     ours = next(number for number, function in handles.items() if function is hook._before_step)
     del handles[ours]
     optimizer.step()
-    rig.assert_torn(copy, WEIGHT)
+    rig.assert_torn(copy, WEIGHT, STEP)
     copier.close()
     rig.close()
 

@@ -16,7 +16,9 @@ class Net(nn.Module):
     def __init__(self, seed=0, width=4):
         super().__init__()
         torch.manual_seed(seed)
-        self.layers = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2, dtype=torch.bfloat16))
+        self.layers = nn.Sequential(
+            nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2, dtype=torch.bfloat16)
+        )
         self.register_buffer("table", torch.rand(2, 5))
         self.register_buffer("scratch", torch.rand(2), persistent=False)
         self.register_buffer("wide", torch.rand(2, 1).expand(2, 3))
@@ -73,8 +75,12 @@ def test_extra_state_comes_back_as_a_private_copy():
 
 def test_hooks_of_a_module_run():
     source, target = nn.Linear(2, 2), nn.Linear(2, 2)
-    source.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update({"count": torch.tensor(5)}))
-    target.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update({"count": torch.tensor(0)}))
+    source.register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: state.update({"count": torch.tensor(5)})
+    )
+    target.register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: state.update({"count": torch.tensor(0)})
+    )
     seen = []
 
     def take(module, state, prefix, *rest):
@@ -199,7 +205,14 @@ def test_plain_values_are_put_back_into_their_containers():
     inner = {"n": 0, "losses": losses, "seen": seen, "pair": (0, [0]), "best": None, "np": np.float32(0)}
     target = {"inner": inner, "top": 0, "od": OrderedDict(a=0)}
     source = {
-        "inner": {"n": 7, "losses": [1.0, 2.0], "seen": {1, "a"}, "pair": (1, [2]), "best": {"t": torch.ones(2)}, "np": np.float32(3)},
+        "inner": {
+            "n": 7,
+            "losses": [1.0, 2.0],
+            "seen": {1, "a"},
+            "pair": (1, [2]),
+            "best": {"t": torch.ones(2)},
+            "np": np.float32(3),
+        },
         "top": "x",
         "od": OrderedDict(a=1, b=[1]),
     }

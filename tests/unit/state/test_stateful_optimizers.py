@@ -146,9 +146,6 @@ def test_an_optimizer_with_a_state_dict_of_its_own_is_loaded_as_any_object():
 
 
 def schedulers():
-    def late(optimizer, kind, **options):
-        return kind(optimizer, **options)
-
     inner = [
         lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=2),
         lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
@@ -159,7 +156,7 @@ def schedulers():
         "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
         "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
         "ConstantLR": inner[0],
-        "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+        "LinearLR": lr_scheduler.LinearLR,
         "ExponentialLR": inner[1],
         "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5),
         "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
@@ -177,7 +174,7 @@ def test_every_scheduler_of_torch_is_listed_here():
     kinds = {
         name
         for name in lr_scheduler.__all__
-        if issubclass(getattr(lr_scheduler, name), lr_scheduler.LRScheduler) and name not in ("LRScheduler",)
+        if issubclass(getattr(lr_scheduler, name), lr_scheduler.LRScheduler) and name != "LRScheduler"
     }
     assert kinds <= set(schedulers())
 

@@ -107,12 +107,23 @@ def test_an_array_comes_back_as_an_array(dtype):
     assert loaded["scalar"].shape == ()
 
 
-SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text() | st.binary(min_size=1)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(min_size=1)
+)
 KEYS = st.text(st.characters(exclude_categories=["Cs"])) | st.integers(-(10**6), 10**6)
-TENSORS = st.builds(lambda shape: torch.arange(float(np.prod(shape))).reshape(shape), st.lists(st.integers(0, 3), max_size=3))
+TENSORS = st.builds(
+    lambda shape: torch.arange(float(np.prod(shape))).reshape(shape), st.lists(st.integers(0, 3), max_size=3)
+)
 TREES = st.recursive(
     SCALARS | TENSORS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4) | st.lists(inner, max_size=3).map(tuple),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4) | st.lists(inner, max_size=3).map(tuple)
+    ),
     max_leaves=20,
 )
 
@@ -220,7 +231,14 @@ def test_every_structural_change_is_seen(change):
     module = model()
     module[0].register_buffer("n", torch.zeros(1), persistent=False)
     tensor = torch.zeros(1)
-    state = {"m": module, "v": 1, "l": [tensor], "d": {"x": 1}, "values": [1, 2], "o": torch.optim.SGD(module.parameters())}
+    state = {
+        "m": module,
+        "v": 1,
+        "l": [tensor],
+        "d": {"x": 1},
+        "values": [1, 2],
+        "o": torch.optim.SGD(module.parameters()),
+    }
     flattener = Flattener()
     before = flattener.flatten(state)
     changes()[change](state)
@@ -236,7 +254,10 @@ def test_tied_tensors_are_stored_once_and_named_twice():
     view = module[0].weight.detach()
     flat = Flattener().flatten({"m": module, "v": view, "part": view[0]})
     assert names(flat) == ["m/0.weight", "m/0.bias", "m/1.bias", "part"]
-    assert [(flat.structure.groups[g].path(n), at) for g, n, at in flat.structure.aliases] == [("m/1.weight", 0), ("v", 0)]
+    assert [(flat.structure.groups[g].path(n), at) for g, n, at in flat.structure.aliases] == [
+        ("m/1.weight", 0),
+        ("v", 0),
+    ]
 
 
 def test_other_views_of_the_same_memory_are_not_tied():
@@ -334,6 +355,15 @@ def test_the_flattener_keeps_no_tensor_alive():
     assert seen() is None
 
 
+def test_tensors_may_be_swapped_between_saves():
+    module = model()
+    state, flattener = {"m": module}, Flattener()
+    flattener.flatten(state)
+    other = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    torch.utils.swap_tensors(module[0].weight, other)
+    assert snapshot(Pocket.of(state, flattener).load()["m"]["0.weight"]) == snapshot(module[0].weight)
+
+
 def test_the_same_container_twice_is_fine():
     shared = {"w": torch.zeros(2), "n": [1]}
     state = {"a": shared, "b": [shared, shared]}
@@ -346,7 +376,18 @@ def test_ten_thousand_small_tensors_in_deep_containers_keep_their_order():
     assert [entry["y"][0]["z"].item() for entry in loaded["x"]] == list(range(10_000))
 
 
-MALFORMED = [{}, {"a": 1, "b": 2}, {"deque": []}, {"dict": []}, {"list": {}}, 3, None, "x", {"scalar": "object"}, {"dict": {"%zz": "value"}}]
+MALFORMED = [
+    {},
+    {"a": 1, "b": 2},
+    {"deque": []},
+    {"dict": []},
+    {"list": {}},
+    3,
+    None,
+    "x",
+    {"scalar": "object"},
+    {"dict": {"%zz": "value"}},
+]
 
 
 @pytest.mark.parametrize("tree", MALFORMED, ids=repr)

@@ -1,5 +1,5 @@
 import dataclasses
-import datetime
+import datetime as dt
 import enum
 import pathlib
 import types
@@ -51,7 +51,7 @@ TENSORS = {
     "parameter subclass": lambda: WrappedParameter(torch.zeros(3)),
     "parameter of a subclass": lambda: torch.nn.Parameter(torch.zeros(3).as_subclass(Wrapped)),
     "lazy": lambda: torch.nn.LazyLinear(3).weight,
-    "lazy buffer": lambda: torch.nn.UninitializedBuffer(),
+    "lazy buffer": torch.nn.UninitializedBuffer,
     "freed": freed,
     "bits": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.bits8),
     "sub-byte": lambda: torch.empty(3, dtype=torch.uint4),
@@ -83,7 +83,7 @@ class Level(enum.IntEnum):
 
 
 class Text(str):
-    pass
+    __slots__ = ()
 
 
 class Saves:
@@ -121,8 +121,8 @@ OBJECTS = {
     "function": quantized,
     "lambda": lambda: 1,
     "path": pathlib.Path("x"),
-    "datetime": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
-    "timedelta": datetime.timedelta(1),
+    "datetime": dt.datetime(2020, 1, 1, tzinfo=dt.UTC),
+    "timedelta": dt.timedelta(1),
     "namespace": types.SimpleNamespace(a=1),
     "range": range(3),
     "frozenset": frozenset({1}),
@@ -186,7 +186,9 @@ def test_containers_that_hold_themselves_are_refused(number):
         flattener.flatten(state)
 
 
-@pytest.mark.parametrize("state", [None, 3, [torch.zeros(1)], torch.nn.Linear(1, 1)], ids=lambda state: type(state).__name__)
+@pytest.mark.parametrize(
+    "state", [None, 3, [torch.zeros(1)], torch.nn.Linear(1, 1)], ids=lambda state: type(state).__name__
+)
 def test_a_state_that_is_no_dict_is_refused(state):
     with pytest.raises(UnsupportedObjectError, match="the state is a dict"):
         Flattener().flatten(state)
