@@ -1,12 +1,10 @@
 # One environment in .venv, made once; `make` lists what there is.
 
 PYTHON ?= python3
-# More options for pip when it fetches torch, for example an index with builds for the CPU alone:
-#   make venv TORCH_PIP="--index-url https://download.pytorch.org/whl/cpu"
+# More options for pip when it fetches torch, for example --index-url with the index of its builds for the CPU alone.
 TORCH_PIP ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCH_ARGS ?=
 BENCH_ARGS ?=
 
 VENV := .venv

@@ -9,13 +9,15 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _POPULATE_BYTES = 64 * 2**20  # small enough that close() never waits long for a touch
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_MAP_FIXED = 0x10
 
 
 def has_memory_files() -> bool:
@@ -30,10 +32,12 @@ class Arena:
         self.number = number
         self.bytes = size_bytes
         self.fd = fd
-        self.buffer = mmap.mmap(-1 if fd is None else fd, size_bytes)
+        self.buffer = mmap.mmap(-1, size_bytes)
         anchor = ctypes.c_char.from_buffer(self.buffer)
         self.address = ctypes.addressof(anchor)
         del anchor
+        if fd is not None:
+            _map_over(self.address, size_bytes, fd)
         self._touched = threading.Lock()
         self._closed = False
         _libc.madvise(self.address, size_bytes, _MADV_HUGEPAGE)
@@ -44,8 +48,14 @@ class Arena:
         fd = None
         if shared:
             fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size_bytes)
-        arena = cls(number, size_bytes, fd)
+        try:
+            if fd is not None:
+                os.ftruncate(fd, size_bytes)
+            arena = cls(number, size_bytes, fd)
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
         with contextlib.suppress(OSError):
             arena.buffer.madvise(mmap.MADV_DONTFORK)
         return arena
@@ -79,6 +89,14 @@ class Arena:
             self.buffer.close()
 
 
+def _map_over(address: int, size_bytes: int, fd: int) -> None:
+    """Put the file under an anonymous map: `mmap.mmap(fd)` would keep a copy of the descriptor that no fork could let go of."""
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    if _libc.mmap(address, size_bytes, access, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 class ArenaPool:
     """At most `count` arenas, reused; each is free or in flight."""
 
@@ -103,10 +121,10 @@ class ArenaPool:
                 arena = min(fitting, key=lambda arena: arena.bytes)
                 self._free.remove(arena)
             else:
-                if len(self._free) + len(self._in_flight) >= self._count:
-                    replaced = [self._free.pop()]
                 arena = Arena.create(self._next, size_bytes, shared=self._shared)
                 self._next += 1
+                if len(self._free) + len(self._in_flight) >= self._count:
+                    replaced = [self._free.pop()]
             self._in_flight[arena.number] = arena
             return arena, replaced
 
@@ -126,9 +144,3 @@ class ArenaPool:
     def all(self) -> list[Arena]:
         """Every arena made and not released, free or in flight."""
         return [*self._free, *self._in_flight.values()]
-
-    def drain(self) -> Iterator[Arena]:
-        """Hand out every free arena for closing."""
-        with self._changed:
-            while self._free:
-                yield self._free.pop()

@@ -109,11 +109,10 @@ class Schedule:
     def failed(self, task: Task, error: BaseException) -> Ended | None:
         """A task failed for good."""
         run = self._settle(task)
-        if task.kind in ("abandon", "retain"):
-            return self._advance(
-                run
-            )  # leftovers are found by their missing record; retention runs again after the next save
-        if run.error is None:
+        if task.kind in ("abandon", "retain") or run.outcome is not None:
+            # leftovers are found by their missing record; retention runs again after the next save; a committed save stays so
+            return self._advance(run)
+        if run.error is None and not run.exists:
             run.error = error
         self._stop(run)
         return self._advance(run)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from asyncckpt import errors
 from asyncckpt.engine.fetch import fetch
+from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import decompress
 from asyncckpt.format.index import Index
@@ -26,6 +27,8 @@ def verify_objects(store: Store, index: Index) -> None:
         except errors.CheckpointError as error:
             error.at(key=shard.key)
             raise
+        if digest(header) != shard.header_digest:
+            raise errors.DigestMismatchError("the shard's header differs from its digest", key=shard.key)
         try:
             described = parse_header(header, shard.raw_bytes)
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:

@@ -23,6 +23,8 @@ _COMPILED = "_orig_mod."
 
 def is_stateful(thing: Any) -> bool:
     """Has it state to give and to take back?"""
+    if isinstance(thing, type):
+        return False
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
@@ -50,11 +52,6 @@ def _wrapper_attribute(kind: type) -> str | None:
         if found:
             return found
     return None
-
-
-def capture_object(thing: Any) -> Any:
-    """What an object that is no module wants stored."""
-    return thing.state_dict()
 
 
 def capture_module(module: nn.Module) -> tuple[list[str], list[Any]]:

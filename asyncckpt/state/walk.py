@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncckpt.errors import UnsupportedObjectError, UnsupportedTensorError
-from asyncckpt.state.capture import capture_module, capture_object, is_stateful, unwrap
+from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
+from asyncckpt.state.capture import capture_module, is_stateful, unwrap
 from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
 
 MAX_DEPTH = 64
@@ -168,16 +168,19 @@ class Walk:
             self.leaves.append(tensor)
 
     def _stateful(self, thing: Any) -> None:
+        try:
+            names, children = (
+                capture_module(thing) if isinstance(thing, torch.nn.Module) else (None, [thing.state_dict()])
+            )
+        except Exception as error:
+            raise SnapshotError(f"state_dict() of a {type(thing).__qualname__} raised {error!r}") from error
         self._captured = True
-        if isinstance(thing, torch.nn.Module):
-            names, children = capture_module(thing)
+        if names is not None:
             self.tokens += (OrderedDict, len(names))
             self.tokens += names
-            self._enter(thing, children)
-        else:
-            if isinstance(thing, torch.optim.Optimizer):
-                self.optimizers.append(thing)
-            self._visit((capture_object(thing),))
+        elif isinstance(thing, torch.optim.Optimizer):
+            self.optimizers.append(thing)
+        self._enter(thing, children)
         self._captured = False
 
 

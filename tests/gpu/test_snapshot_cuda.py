@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -57,6 +57,8 @@ def raw(tensor: torch.Tensor) -> bytes:
 class Rig:
     """Tensors with a plan and an arena. `owned`: written by optimizer steps only; `others`: by anybody."""
 
+    opened: ClassVar[list["Rig"]] = []
+
     def __init__(self, owned: Sequence[torch.Tensor], others: Sequence[torch.Tensor] = (), **options: Any) -> None:
         self.tensors = (*owned, *others)
         structure = Structure(tuple(Spec(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in self.tensors))
@@ -68,6 +70,7 @@ class Rig:
         self.copier = Copier(**options)
         self.arena = Arena.create(0, self.plan.arena_bytes)
         self.expected: list[bytes] = []
+        self.opened.append(self)
 
     def save(self, *, overlap: bool = True) -> Copy:
         self.expected = [raw(tensor) for tensor in self.tensors]
@@ -111,6 +114,8 @@ def busy_s(seconds: float) -> None:
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     yield
+    while Rig.opened:  # a test that failed must not fail the next one
+        Rig.opened.pop().close()
     torch.cuda.synchronize()
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncckpt")] == []
 
@@ -133,7 +138,6 @@ def test_every_dtype_and_layout_comes_from_the_device_bit_by_bit(dtype: torch.dt
     rig = Rig(owned, [data.clone(), data.view(12, 20).clone().t()])
     for _ in range(3):
         rig.assert_exact(rig.save(overlap=overlap))
-    rig.close()
 
 
 def test_the_arena_is_page_locked_once_and_unlocked_when_forgotten() -> None:
@@ -146,7 +150,6 @@ def test_the_arena_is_page_locked_once_and_unlocked_when_forgotten() -> None:
     assert not view.is_pinned()
     rig.copier.prepare(rig.plan, rig.arena)
     assert rig.copier._views.of(rig.arena, rig.plan)[0].is_pinned()
-    rig.close()
 
 
 def test_memory_that_cannot_be_page_locked_is_used_as_it_is_with_one_warning(
@@ -163,8 +166,7 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is_with_one_warning(
         optimizer.step()
         rig.assert_exact(copy)
     assert len([record for record in caplog.records if "page-lock" in record.message]) == 1
-    monkeypatch.undo()
-    rig.close()
+    monkeypatch.undo()  # before the rig is closed
 
 
 def test_a_real_failure_to_page_lock_leaves_no_error_for_the_next_kernel() -> None:
@@ -176,7 +178,6 @@ def test_a_real_failure_to_page_lock_leaves_no_error_for_the_next_kernel() -> No
     torch.cuda.synchronize()
     rig.assert_exact(rig.save())
     twin.forget(rig.arena)
-    rig.close()
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}, {"capturable": True}])
@@ -187,7 +188,6 @@ def test_a_step_right_behind_the_save_never_reaches_the_snapshot(options: dict[s
         optimizer.step()
         rig.assert_exact(copy)
     assert torch.isfinite(model[0].weight).all()
-    rig.close()
 
 
 def test_neither_save_nor_step_makes_the_host_wait_for_the_device() -> None:
@@ -203,7 +203,6 @@ def test_neither_save_nor_step_makes_the_host_wait_for_the_device() -> None:
     assert not copy.done()
     torch.cuda.synchronize()
     rig.assert_exact(copy)
-    rig.close()
 
 
 def test_an_eager_copy_is_complete_when_it_returns() -> None:
@@ -217,7 +216,6 @@ def test_an_eager_copy_is_complete_when_it_returns() -> None:
     optimizer.step()
     torch.cuda.synchronize()
     rig.assert_exact(copy)
-    rig.close()
 
 
 def test_buffers_and_host_tensors_may_change_as_soon_as_an_overlapped_save_returns() -> None:
@@ -231,7 +229,6 @@ def test_buffers_and_host_tensors_may_change_as_soon_as_an_overlapped_save_retur
         buffer.data.mul_(2)
         count.add_(1)
         rig.assert_exact(copy)
-    rig.close()
 
 
 def test_the_copy_sees_what_the_callers_stream_wrote_before_the_save() -> None:
@@ -244,7 +241,6 @@ def test_the_copy_sees_what_the_callers_stream_wrote_before_the_save() -> None:
         copy = rig.save_unread()
     rig.expected = [raw(torch.ones(1 << 20))]
     rig.assert_exact(copy)
-    rig.close()
 
 
 def test_memory_of_sources_that_are_dropped_is_not_given_to_others_before_it_is_copied() -> None:
@@ -258,7 +254,6 @@ def test_memory_of_sources_that_are_dropped_is_not_given_to_others_before_it_is_
         others = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(8)]
         rig.assert_exact(copy)
         del others
-        rig.close()
 
 
 def test_an_in_place_write_before_the_hook_tears_the_snapshot() -> None:
@@ -274,7 +269,6 @@ def test_an_in_place_write_before_the_hook_tears_the_snapshot() -> None:
     else:
         assert isinstance(copy.error, TornSnapshotError)
         assert copy.error.key == "tensor 0"
-    rig.close()
 
 
 def test_a_swapped_storage_is_torn_or_exact_and_never_a_crash() -> None:
@@ -287,7 +281,6 @@ def test_a_swapped_storage_is_torn_or_exact_and_never_a_crash() -> None:
             rig.assert_exact(copy)
         else:
             assert isinstance(copy.error, TornSnapshotError)
-    rig.close()
 
 
 def test_saving_inside_a_capture_is_refused_and_a_captured_step_is_left_alone() -> None:
@@ -312,7 +305,6 @@ def test_saving_inside_a_capture_is_refused_and_a_captured_step_is_left_alone() 
     assert "CUDA graph" in refused[0]
     graph.replay()
     rig.assert_exact(rig.save())
-    rig.close()
 
 
 def test_a_finished_copy_leaves_the_devices_memory_as_it_was() -> None:
@@ -327,7 +319,6 @@ def test_a_finished_copy_leaves_the_devices_memory_as_it_was() -> None:
         rig.assert_exact(copy)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
-    rig.close()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -341,4 +332,3 @@ def test_tensors_of_two_devices_are_copied_by_a_lane_each() -> None:
         copy = rig.save()
         optimizer.step()
         rig.assert_exact(copy)
-    rig.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asyncckpt.errors import UnsupportedObjectError, UnsupportedTensorError
+from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
 from asyncckpt.state.tree import Flattener
 from tests.unit.state.pocket import Pocket
 
@@ -118,6 +118,7 @@ OBJECTS = {
     "namedtuple": Pair(1, 2),
     "dataclass": Data(),
     "class": Data,
+    "class with state_dict": torch.nn.Linear,
     "function": quantized,
     "lambda": lambda: 1,
     "path": pathlib.Path("x"),
@@ -202,6 +203,16 @@ def test_a_refusal_leaves_the_flattener_usable():
         flattener.flatten(state)
     state["n"] = 2
     assert flattener.flatten(state).structure == first.structure
+
+
+def test_a_state_dict_that_raises_is_a_snapshot_error():
+    class Broken(Both):
+        def state_dict(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(SnapshotError, match="Broken raised") as caught:
+        Flattener().flatten({"a": Broken()})
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_a_tensor_that_becomes_unsupported_is_seen_by_a_warm_flattener():
