@@ -115,7 +115,8 @@ class Launcher:
                 then=lambda copy: self._staged(flight, flat, planned.plan, engine, copy),
             )
         except BaseException as error:
-            if not save.done():
+            handed_over = self._engine is not None and self._engine.holds(save._number)
+            if not handed_over and not save.done():  # an interrupt may come when the engine reads the arena already
                 self._flights.pop(save._number, None)
                 self._arenas.give_back(arena)
                 self._ledger.forget(save, error)
@@ -129,7 +130,9 @@ class Launcher:
         fresh: list[Arena] = []
         while len(fresh) < self.pending and (arena := self._take(planned.plan, wait=False)) is not None:
             fresh.append(arena)
-        thread = threading.Thread(target=_touch, args=(fresh,), name="asyncckpt-touch", daemon=True)
+        thread = threading.Thread(
+            target=_touch, args=(self._copier, planned.plan, fresh), name="asyncckpt-touch", daemon=True
+        )
         thread.start()
         self._touching.append(thread)
         for arena in fresh:
@@ -157,7 +160,9 @@ class Launcher:
 
     def ended(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         """A save has its answer."""
-        flight = self._flights.pop(number)
+        flight = self._flights.pop(number, None)
+        if flight is None:
+            return
         self._arenas.give_back(flight.arena)
         report = None
         if outcome is not None and outcome.result == "exists" and flight.job.on_exists == "raise":
@@ -263,9 +268,10 @@ def _report(flight: _Flight, outcome: CommitOutcome) -> SaveReport:
     )
 
 
-def _touch(arenas: list[Arena]) -> None:
+def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:
     for arena in arenas:
         arena.touch()
+        copier.prepare(layout, arena)
 
 
 def distributed() -> bool:

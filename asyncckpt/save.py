@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 
-from asyncckpt.errors import CheckpointError, SaveFailedError
+from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
 
 _LOG = logging.getLogger("asyncckpt")
@@ -54,7 +54,7 @@ class Save:
         """
         if not self._staged.wait(timeout):
             raise TimeoutError(f"the snapshot of step {self.step} is not complete after {timeout} s; it goes on")
-        if self._ended.is_set() and self._error is not None:
+        if isinstance(self._error, SnapshotError):
             self._delivered = True
             raise self._error
 
@@ -80,7 +80,7 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._open: dict[int, Save] = {}
         self._failed: list[Save] = []
-        self._notices: list[str] = []
+        self._notices: list[tuple[Save, str]] = []
         self._failed_in_row = 0
         self.skipped_saves = 0
 
@@ -99,45 +99,35 @@ class Ledger:
             self._open.pop(save._number, None)
 
     def conclude(self, save: Save, report: SaveReport | None, error: BaseException | None) -> None:
-        """A save ended: remember, log one line, tell the hooks."""
-        save._conclude(report, error)
-        if error is not None:
-            self._notices.append(f"the save of step {save.step} failed: {type(error).__name__}: {error}")
-            _LOG.error("step %d: save failed: %s: %s", save.step, type(error).__name__, error)
-            event: Event = SaveFailed(save.step, error)
-        else:
-            assert report is not None
-            event = self._succeeded(save, report)
-        with self._changed:
+        """A save ended: remember, wake who waits, log one line, tell the hooks."""
+        with self._changed:  # remembered before anybody wakes and asks
             self._open.pop(save._number, None)
             if error is not None:
                 self._failed.append(save)
                 self._failed_in_row += 1
+                self._notices.append((save, f"the save of step {save.step} failed: {type(error).__name__}: {error}"))
+            elif report is not None and report.skipped:
+                self.skipped_saves += 1
+                self._notices.append((save, f"the save of step {save.step} was skipped: {report.skipped}"))
+            else:
+                self._failed_in_row = 0
+            save._conclude(report, error)
             self._changed.notify_all()
-        self._hooks(event)
-
-    def _succeeded(self, save: Save, report: SaveReport) -> Event:
-        if report.skipped:
-            self.skipped_saves += 1
-            self._notices.append(f"the save of step {save.step} was skipped: {report.skipped}")
-            _LOG.warning("step %d: save skipped: %s", save.step, report.skipped)
-            return SaveSkipped(save.step, report.skipped)
-        self._failed_in_row = 0
-        ratio = report.stored_bytes / report.raw_bytes if report.raw_bytes else 1.0
-        _LOG.info(
-            "step %d: committed in %.2f s (call %.1f ms, staged %.0f ms), %.1f MB stored, ratio %.3f, %d retries",
-            *(save.step, report.total_s, report.call_s * 1e3, report.staged_s * 1e3, report.stored_bytes / 1e6, ratio),
-            report.retries,
-        )
-        return SaveCommitted(report)
+        self._hooks(_log(save, report, error))
 
     def report_earlier(self, step: int) -> None:
-        """Warn of what failed or was skipped since the last call; raise when too many failed in a row."""
-        notices, self._notices = self._notices, []
-        if self._max_failed_saves is not None and self._failed_in_row >= self._max_failed_saves:
-            self._raise_failures(f"{self._failed_in_row} saves in a row failed before step {step}")
-        for notice in notices:
-            warnings.warn(notice, RuntimeWarning, stacklevel=3)
+        """Warn of what failed or was skipped since the last call; raise when too many failed in a row, and count anew."""
+        with self._changed:
+            notices, self._notices = self._notices, []
+            failed_in_row = self._failed_in_row
+            too_many = self._max_failed_saves is not None and failed_in_row >= self._max_failed_saves
+            if too_many:
+                self._failed_in_row = 0
+        if too_many:
+            self._raise_failures(f"{failed_in_row} saves in a row failed before step {step}")
+        for save, notice in notices:
+            if not save._delivered:
+                warnings.warn(notice, RuntimeWarning, stacklevel=3)
 
     @property
     def in_flight(self) -> list[Save]:
@@ -164,7 +154,23 @@ class Ledger:
             return
         for save in failed:
             save._delivered = True
-        self._notices.clear()
         raise SaveFailedError({save.step: save._error for save in failed if save._error is not None}) from failed[
             0
         ]._error
+
+
+def _log(save: Save, report: SaveReport | None, error: BaseException | None) -> Event:
+    if error is not None:
+        _LOG.error("step %d: save failed: %s: %s", save.step, type(error).__name__, error)
+        return SaveFailed(save.step, error)
+    assert report is not None
+    if report.skipped:
+        _LOG.warning("step %d: save skipped: %s", save.step, report.skipped)
+        return SaveSkipped(save.step, report.skipped)
+    ratio = report.stored_bytes / report.raw_bytes if report.raw_bytes else 1.0
+    _LOG.info(
+        "step %d: committed in %.2f s (call %.1f ms, staged %.0f ms), %.1f MB stored, ratio %.3f, %d retries",
+        *(save.step, report.total_s, report.call_s * 1e3, report.staged_s * 1e3, report.stored_bytes / 1e6, ratio),
+        report.retries,
+    )
+    return SaveCommitted(report)

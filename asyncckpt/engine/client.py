@@ -35,6 +35,7 @@ main(int(sys.argv[1]))
 # `-P` and appending keep a queue.py in the user's folder from shadowing the standard library's; the package itself is
 # loaded from the very file the trainer uses, wherever that was found.
 _MAX_DEATHS = 3
+_SIGNS = 9  # of life within the time after which silence is death
 _STDERR_BYTES = 4096
 _LOG = logging.getLogger("asyncckpt")
 
@@ -54,7 +55,7 @@ class EngineOptions:
     """What an engine needs to know of its Saver.
 
     `nice`: how far workers yield to the trainer. `hang_s`: a busy worker that gives no sign of life for this long is replaced.
-    `silent_s`: likewise a service with saves in flight; it speaks every 10 s.
+    `silent_s`: likewise a service with saves in flight; it speaks nine times as often.
     """
 
     url: str
@@ -88,7 +89,7 @@ class ServiceEngine:
         self._told_arenas: set[int] = set()
         self._deaths = 0
         self._closing = False
-        self._broken: BaseException | None = None
+        self._broken: str | None = None
         self._heard_s = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr = -1
@@ -107,13 +108,25 @@ class ServiceEngine:
         save = _Submitted(job, len(plan.shards), plan.structure, arena, state)
         with self._lock:
             if self._broken is not None:
-                raise self._broken
+                raise errors.WorkerDiedError(self._broken)
             self._submitted[job.number] = save
             self._heard_s = time.monotonic()
             try:
                 self._send(save)
-            except OSError:
+            except ConnectionError:
                 _LOG.debug("the service is gone; the listener starts another and submits again")
+            except Exception:
+                del self._submitted[job.number]
+                raise
+            except (
+                BaseException
+            ):  # Ctrl-C may have cut a message: the listener starts another service and submits again
+                self._kill()
+                raise
+
+    def holds(self, number: int) -> bool:
+        """Whether this save was handed over and has no answer yet."""
+        return number in self._submitted
 
     def forget_arena(self, arena: Arena) -> None:
         """The arena will be unmapped."""
@@ -127,29 +140,37 @@ class ServiceEngine:
         """End the service. Saves that were handed over are finished first, also when this does not `wait` for them."""
         with self._lock:
             self._closing = True
-            channel, process = self._channel, self._process
-        if channel is not None:
-            with contextlib.suppress(OSError):
-                channel.sock.shutdown(socket.SHUT_WR)
+            self._heard_s = time.monotonic()
+            self._hang_up()
         self._thread.join()
-        if process is not None:
-            if wait:
-                process.wait()
-            else:
-                process.returncode = process.poll() or 0  # it goes on without us, on purpose: no ResourceWarning
-        with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-            if self._stderr >= 0:
-                os.close(self._stderr)
-                self._stderr = -1
+        if self._process is not None:
+            try:
+                self._process.wait(self._options.silent_s if wait else 0)
+            except subprocess.TimeoutExpired:
+                _leave(self._process)
+        self._let_go()
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, touch nothing else."""
+        if self._process is not None:
+            self._process.returncode = 0  # the parent's child, not ours
+        self._let_go()
+
+    def _hang_up(self) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(OSError):
+                self._channel.sock.shutdown(socket.SHUT_WR)
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def _let_go(self) -> None:
         if self._channel is not None:
             self._channel.sock.close()
         if self._stderr >= 0:
             os.close(self._stderr)
+            self._stderr = -1
 
     # -- sending
 
@@ -196,10 +217,10 @@ class ServiceEngine:
             "keep": rules_to_json(options.keep),
             "nice": options.nice,
             "hang_s": options.hang_s,
-            "pid": os.getpid(),
+            "alive_s": options.silent_s / _SIGNS,
         }
-        with contextlib.suppress(OSError):
-            self._channel.send(hello)
+        with contextlib.suppress(ConnectionError):
+            self._send_fd(hello, os.pidfd_open(os.getpid()))
 
     def _send(self, save: _Submitted) -> None:
         assert self._channel is not None
@@ -232,37 +253,44 @@ class ServiceEngine:
     # -- listening
 
     def _listen(self) -> None:
-        while True:
-            channel = self._channel
-            assert channel is not None
-            readable, _, _ = select.select([channel], [], [], self._options.silent_s / 9)
-            if not readable:
-                self._judge_silence()
-                continue
-            messages = channel.receive()
-            if messages is None:
-                if not self._restart():
-                    return
-                continue
-            self._heard_s = time.monotonic()
-            for message, _ in messages:
-                self._heard(message)
+        try:
+            while self._hear():
+                pass
+        except Exception as error:  # noqa: BLE001 - nobody would answer any more: tell everybody who waits
+            _LOG.debug("the listener of the checkpoint service failed", exc_info=error)
+            with self._lock:
+                self._kill()
+                self._broken = f"the checkpoint service is lost: {type(error).__name__}: {error}"
+            self._fail_all()
+
+    def _hear(self) -> bool:
+        """Wait for messages and pass them on. False at the end."""
+        channel = self._channel
+        assert channel is not None
+        waiting = select.poll()  # unlike select, it takes descriptors above 1023
+        waiting.register(channel, select.POLLIN)
+        if not waiting.poll(self._options.silent_s / _SIGNS * 1000):
+            self._judge_silence()
+            return True
+        messages = channel.receive()
+        if messages is None:
+            return self._restart()
+        self._heard_s = time.monotonic()
+        for message, _ in messages:
+            self._heard(message)
+        return True
 
     def _judge_silence(self) -> None:
         with self._lock:
-            if (
-                self._submitted
-                and time.monotonic() - self._heard_s > self._options.silent_s
-                and self._process is not None
-            ):
-                self._process.kill()
+            if (self._submitted or self._closing) and time.monotonic() - self._heard_s > self._options.silent_s:
+                self._kill()
 
     def _heard(self, message: dict[str, Any]) -> None:
         kind = message["op"]
         if kind == "ended":
             self._deaths = 0
             with self._lock:
-                self._submitted.pop(message["job"])
+                self._submitted.pop(message["job"], None)
             outcome = CommitOutcome.from_json(message["outcome"]) if "outcome" in message else None
             error = errors.from_json(message["error"]) if "error" in message else None
             self._listener.ended(message["job"], outcome, error)
@@ -279,24 +307,20 @@ class ServiceEngine:
         """The service is gone: start another and submit again what had no answer. False if that was the end."""
         assert self._process is not None
         assert self._channel is not None
-        if self._closing:
-            return False
-        status = self._process.wait()
         with self._lock:
+            if self._closing and (not self._submitted or self._process.poll() in (None, 0)):
+                return False  # it heard that we go, and finishes alone
+            self._kill()
+            status = self._process.wait()
             self._deaths += 1
             reason = self._last_words(status)
             self._channel.close()
             if self._deaths < _MAX_DEATHS:
                 self._start()
-                for number, save in self._submitted.items():
-                    earlier = (*save.job.earlier_attempts, save.job.attempt)
-                    job = replace(save.job, attempt=self._next_attempt(), earlier_attempts=earlier)
-                    self._submitted[number] = replace_job(save, job)
-                    with contextlib.suppress(OSError):
-                        self._send(self._submitted[number])
+                self._submit_again()
                 count = len(self._submitted)
             else:
-                self._broken = errors.WorkerDiedError(f"the checkpoint service died {self._deaths} times: {reason}")
+                self._broken = f"the checkpoint service died {self._deaths} times: {reason}"
                 count = -1
         if count < 0:
             self._fail_all()
@@ -305,11 +329,20 @@ class ServiceEngine:
         self._listener.event(events.ServiceRestarted(count))
         return True
 
+    def _submit_again(self) -> None:
+        for save in self._submitted.values():
+            earlier = (*save.job.earlier_attempts, save.job.attempt)
+            save.job = replace(save.job, attempt=self._next_attempt(), earlier_attempts=earlier)
+            with contextlib.suppress(ConnectionError):
+                self._send(save)
+        if self._closing:
+            self._hang_up()
+
     def _fail_all(self) -> None:
         with self._lock:
             failed, self._submitted = self._submitted, {}
         for number in failed:
-            self._listener.ended(number, None, self._broken)
+            self._listener.ended(number, None, errors.WorkerDiedError(self._broken or "the checkpoint service is lost"))
 
     def _last_words(self, status: int) -> str:
         text = os.pread(self._stderr, 2**20, 0)[-_STDERR_BYTES:].decode(errors="replace").strip()
@@ -318,6 +351,8 @@ class ServiceEngine:
         return f"exit status {status}" + (f": {text}" if text else "")
 
 
-def replace_job(save: _Submitted, job: SaveJob) -> _Submitted:
-    """The same save under another attempt."""
-    return _Submitted(job, save.shards, save.structure, save.arena, save.state)
+def _leave(process: "subprocess.Popen[bytes]") -> None:
+    """It goes on without us, on purpose: no ResourceWarning, and no zombie once it ends."""
+    process.returncode = 0
+    with contextlib.suppress(RuntimeError):  # the interpreter ends, and so will init have the service
+        threading.Thread(target=os.waitpid, args=(process.pid, 0), name="asyncckpt-reaper", daemon=True).start()

@@ -4,6 +4,7 @@ For stores that live in this process, and where memory files do not exist. Slowe
 keeps the GIL from the encoder, and it ends with the process.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from asyncckpt.format.plan import Plan
 from asyncckpt.options import KeepRule
 from asyncckpt.store.base import Store
 
+_LOG = logging.getLogger("asyncckpt")
+
 
 @dataclass(slots=True)
 class _Staged:
@@ -36,7 +39,8 @@ class InlineEngine:
     def __init__(self, store: Store, keep: tuple[KeepRule, ...], listener: Listener) -> None:
         self._store = store
         self._listener = listener
-        self._schedule = Schedule(retention=bool(keep))
+        self._retention = bool(keep)
+        self._schedule = Schedule(retention=self._retention)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pipeline = Pipeline(store)
         self._runner = TaskRunner(store, keep, self._pipeline, self._reply)
@@ -47,7 +51,12 @@ class InlineEngine:
 
     def submit(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
         """Hand one staged save over."""
-        self._inbox.put(lambda: self._take(job, plan, arena, state))
+        self._staged[job.number] = _Staged(arena, state)
+        self._inbox.put(lambda: self._take(job, plan))
+
+    def holds(self, number: int) -> bool:
+        """Whether this save was handed over and has no answer yet."""
+        return number in self._staged
 
     def forget_arena(self, arena: Arena) -> None:
         """Nothing is held here."""
@@ -75,20 +84,30 @@ class InlineEngine:
 
         self._inbox.put(count)
 
-    def _take(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
-        self._staged[job.number] = _Staged(arena, state)
+    def _take(self, job: SaveJob, plan: Plan) -> None:
         self._runner.add_structure(job.structure, plan.structure)
         self._schedule.submit(job, len(plan.shards))
 
     def _run(self) -> None:
         while not (self._closing and self._schedule.idle):
             message = self._inbox.get()
-            if message is None:
-                self._closing = True
-            else:
-                message()
-            while (task := self._schedule.next(encoder_free=self._inbox.empty())) is not None:
-                self._do(task)
+            try:
+                if message is None:
+                    self._closing = True
+                else:
+                    message()
+                while (task := self._schedule.next(encoder_free=self._inbox.empty())) is not None:
+                    self._do(task)
+            except Exception as error:  # noqa: BLE001 - nobody would answer any more: tell everybody who waits
+                _LOG.debug("the checkpoint engine failed", exc_info=error)
+                self._fail_all(f"the checkpoint engine failed: {type(error).__name__}: {error}")
+            del message
+
+    def _fail_all(self, reason: str) -> None:
+        self._schedule = Schedule(retention=self._retention)
+        for number in list(self._staged):
+            del self._staged[number]
+            self._listener.ended(number, None, errors.WorkerDiedError(reason))
 
     def _do(self, task: Task) -> None:
         job = task.run.job
@@ -109,7 +128,9 @@ class InlineEngine:
     def _heard(self, number: int, kind: str, data: dict[str, Any]) -> None:
         if kind == "encoded":
             return
-        task = self._schedule.tasks[number]
+        task = self._schedule.tasks.get(number)
+        if task is None:
+            return  # of a save that failed with the engine
         if kind == "done":
             self._progress(task, data)
             self._answer(self._schedule.done(task, data))

@@ -3,6 +3,7 @@
 Latency and slow connections hide behind each other and behind the encoder; the bytes between them are bounded.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -24,17 +25,17 @@ Done = Callable[[ShardReceipt | None, BaseException | None], None]
 
 
 class ByteBudget:
-    """Bytes that may be in flight; taking more waits. One request above the whole budget is let through alone."""
+    """Bytes that may be in flight; taking more waits."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._used = 0
         self._changed = threading.Condition()
 
-    def take(self, count: int) -> None:
-        """Wait until `count` bytes fit."""
+    def take(self, count: int, *, unsent: int) -> None:
+        """Wait until `count` bytes fit, or nothing is used but the taker's own `unsent` bytes, which would never come back."""
         with self._changed:
-            while self._used and self._used + count > self._limit:
+            while self._used > unsent and self._used + count > self._limit:
                 self._changed.wait()
             self._used += count
 
@@ -73,11 +74,12 @@ class _ShardPut:
         self._encode_s = 0.0
         self._upload_s = 0.0
 
-    def add(self, raw_offset: int, raw_bytes: int, data: Buffer) -> None:
+    def add(self, raw_offset: int, raw_bytes: int, data: Buffer) -> bool:
+        """False if a request failed already: the rest is needless."""
         if self._error is not None:
-            raise self._error
+            return False
         size = len(data)
-        self._pipeline.budget.take(size)
+        self._pipeline.budget.take(size, unsent=self._part.bytes)
         self._frames.append((raw_offset, raw_bytes, self._stored, size))
         self._part.data.append(data)
         self._part.bytes += size
@@ -85,6 +87,7 @@ class _ShardPut:
         if self._part.bytes >= self._part_bytes:
             part, self._part = self._part, _Part(self._part.number + 1, self._stored)
             self._send(part, self._put_part)
+        return True
 
     def finish(self, encode_s: float, error: BaseException | None) -> None:
         self._encode_s = encode_s
@@ -138,16 +141,21 @@ class _ShardPut:
             self._conclude()
 
     def _conclude(self) -> None:
-        try:
-            if self._upload is not None:
+        if self._upload is not None:
+            try:
                 if self._error is None:
                     self._upload.complete()
-                else:
+            except BaseException as error:  # noqa: BLE001 - handed to the receipt's owner
+                self._fail(error)
+            if self._error is not None:
+                with contextlib.suppress(Exception):  # the first failure is the one to tell
                     self._upload.abort()
-        except BaseException as error:  # noqa: BLE001 - handed to the receipt's owner
-            self._fail(error)
         if self._error is not None:
-            self._done(None, self._error)
+            failure, self._error = self._error, None  # its traceback leads to views of the arena, and back to us
+            try:
+                self._done(None, failure)
+            finally:
+                del failure
             return
         receipt = ShardReceipt(
             shard=self._shard.number,
@@ -194,12 +202,16 @@ class Pipeline:
             for frame in frames:
                 encode_s += time.perf_counter() - started
                 self._progress()
-                put.add(frame.raw_offset, frame.raw_bytes, frame.data)
+                if not put.add(frame.raw_offset, frame.raw_bytes, frame.data):
+                    break
                 started = time.perf_counter()
             encode_s += time.perf_counter() - started
         except BaseException as error:  # noqa: BLE001 - handed to the receipt's owner
             failure = error
-        put.finish(encode_s, failure)
+        try:
+            put.finish(encode_s, failure)
+        finally:
+            del failure  # its traceback leads to views of the arena, and here
 
     def run(self, work: Callable[[], None]) -> None:
         """Do something beside the encoder (a put, a check, a commit, retention); it must not raise."""
@@ -215,3 +227,4 @@ class Pipeline:
     def _serve(self) -> None:
         while (work := self._work.get()) is not None:
             work()
+            del work

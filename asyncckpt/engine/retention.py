@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from asyncckpt import errors
+from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.commit import MAX_RECORD_BYTES, remove_folders
 from asyncckpt.format import keys
 from asyncckpt.format.record import Record
@@ -30,9 +31,18 @@ def recorded_steps(store: Store) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
-def retain(store: Store, rules: Sequence[KeepRule], *, known_pinned: set[int]) -> list[int]:
-    """Remove what no rule keeps; the steps removed. `known_pinned` remembers pinned steps between calls."""
-    candidates = [step for step in doomed(recorded_steps(store), rules) if step not in known_pinned]
+def retain(store: Store, rules: Sequence[KeepRule], *, known_pinned: set[int], committed: int) -> list[int]:
+    """Remove what no rule keeps; the steps removed. `known_pinned` remembers pinned steps between calls.
+
+    A checkpoint set aside as damaged takes nobody's place among the newest. `committed`, the step whose commit this
+    follows, stays: below newer ones, too, where a run went on from an older step.
+    """
+    found = find_checkpoints(store)
+    outdated = {
+        *doomed(found.good, rules),
+        *set(doomed((*found.good, *found.marked), rules)).intersection(found.marked),
+    }
+    candidates = sorted(outdated - known_pinned - {committed})
     removed = []
     for step in candidates:
         record = _read(store, step)

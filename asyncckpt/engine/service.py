@@ -20,8 +20,7 @@ from asyncckpt.engine.schedule import Ended, Schedule, Task
 from asyncckpt.engine.wire import Channel, pair
 from asyncckpt.engine.worker import run_worker
 
-ALIVE_S = 10.0
-"""While saves are in flight the trainer hears from the service this often, and so can tell a frozen one."""
+_REAP_S = 5.0  # what the service waits for killed workers at its own end
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +52,7 @@ class Service:
         self._arenas: dict[int, tuple[int, int]] = {}
         self._states: dict[int, int] = {}
         self._said_s = time.monotonic()
+        self._dying: set[int] = set()
 
     def run(self) -> None:
         """Serve until the trainer is gone or has closed, and every save has its answer."""
@@ -69,9 +69,15 @@ class Service:
             self._watch()
         for seat in list(self._seats):
             self._dismiss(seat)
+        deadline_s = time.monotonic() + _REAP_S
+        while self._dying and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+            self._reap()
 
     def _timeout(self) -> float | None:
-        return None if self._schedule.idle else 1.0
+        if self._schedule.idle and not self._dying:
+            return None
+        return min(1.0, float(self._hello["alive_s"]))  # while saves are in flight the trainer hears that we live
 
     # -- the trainer
 
@@ -162,7 +168,12 @@ class Service:
             if task is None:
                 return
             if not free and len(self._seats) < self._hello["workers"]:
-                free = [self._hire()]
+                try:
+                    free = [self._hire()]
+                except OSError:
+                    if not self._seats:
+                        raise
+                    self._hello["workers"] = len(self._seats)  # the limit of processes: go on with those there are
             self._give(min(free or self._seats, key=lambda seat: len(seat.tasks)), task)
 
     def _hire(self) -> _Seat:
@@ -281,8 +292,9 @@ class Service:
         for seat in list(self._seats):
             if seat.tasks and now - seat.heard_s > self._hello["hang_s"]:
                 self._replace(seat, f"gave no sign of life for {self._hello['hang_s']:.0f} s")
-        if not self._schedule.idle and now - self._said_s > ALIVE_S:
+        if not self._schedule.idle and now - self._said_s > self._hello["alive_s"]:
             self._tell({"op": "alive"})
+        self._reap()
 
     def _replace(self, seat: _Seat, reason: str) -> None:
         tasks = list(seat.tasks.values())
@@ -297,7 +309,14 @@ class Service:
         seat.channel.close()
         self._seats.remove(seat)
         os.kill(seat.pid, signal.SIGKILL)  # dead, hung or idle: nothing it holds is needed
-        os.waitpid(seat.pid, 0)
+        self._dying.add(seat.pid)
+        self._reap()
+
+    def _reap(self) -> None:
+        # never waits: a worker that hangs in the kernel (a dead network filesystem) ends when that lets it go
+        for pid in list(self._dying):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                self._dying.discard(pid)
 
 
 def main(fd: int) -> None:
@@ -309,10 +328,9 @@ def main(fd: int) -> None:
     while not (messages := channel.receive()):
         if messages is None:
             return
-    hello, _ = messages[0]
+    hello, (pidfd,) = messages[0]
     if hello["url"].startswith("s3:"):
         import asyncckpt.store.s3  # noqa: F401, PLC0415 - once here, shared by every worker
-    pidfd = os.pidfd_open(hello["pid"])
     sock.setblocking(False)
     gc.freeze()  # workers share these pages for longer
     service = Service(channel, hello, pidfd)

@@ -117,7 +117,11 @@ class TaskRunner:
     def retain(self, task: int, job: SaveJob) -> None:
         """Apply the rules of retention."""
         self._beside(
-            task, job, lambda: {"removed": retention.retain(self._store, self._rules, known_pinned=self._pinned)}
+            task,
+            job,
+            lambda: {
+                "removed": retention.retain(self._store, self._rules, known_pinned=self._pinned, committed=job.step)
+            },
         )
 
     def _beside(self, task: int, job: SaveJob, work: Callable[[], dict[str, Any]]) -> None:

@@ -96,14 +96,13 @@ class Copy:
         except Exception:  # noqa: BLE001 - the thread must live on for the next snapshot
             _LOG.exception("what follows a snapshot failed")
 
-    def run_here(self, then: "Then") -> None:
-        """On the caller's thread: nothing can come between, so nothing is checked. Raises."""
+    def run_here(self) -> None:
+        """On the caller's thread: nothing can come between, so nothing is checked. Raises what goes wrong."""
         assert self._work is not None
         with torch.no_grad():
             self._work.copy()
             self._work.synchronize()
         self._finish()
-        then(self)
 
     def into(self, arena: Arena) -> bool:
         """Whether this arena is being written."""
@@ -216,9 +215,10 @@ class Copier:
                 gate.enter(copy)
                 self._jobs.put((copy, then))
                 return copy
+            copy.run_here()
         except (RuntimeError, MemoryError) as error:
             raise failure(error) from error
-        copy.run_here(then)
+        then(copy)
         return copy
 
     def forget(self, arena: Arena) -> None:

@@ -5,6 +5,7 @@ The same tokens as last time mean the same structure. Nothing here builds a path
 
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from asyncckpt.state.capture import capture_module, is_stateful, unwrap
 from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
 
 MAX_DEPTH = 64
+_TENSOR_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})
 VALUE = "value"
 """Token and tree leaf of a plain value."""
 
@@ -112,7 +114,12 @@ class Walk:
             elif kind is dict or kind is OrderedDict or kind is Counter:
                 tokens += (kind, len(child))
                 tokens += child
-                self._enter(child, child.values())
+                inside = child.values()
+                if _TENSOR_KINDS.issuperset(map(type, inside)):  # an optimizer's state of one parameter: no more to enter
+                    tokens += repeat(torch.Tensor, len(child))
+                    leaves += inside
+                else:
+                    self._enter(child, inside)
             elif kind is list or kind is tuple or kind is set:
                 self._sequence(child, kind)
             else:

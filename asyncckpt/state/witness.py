@@ -5,9 +5,10 @@ fused optimizers, `.data` writes or NumPy. The storage's address tells a swapped
 tensor tells whoever rewrote it: at the end it must still stand in the source, and in the arena. What no witness sees:
 a write that spares the word and the version, such as a NumPy write of a few elements, or the replay of a CUDA graph.
 
-All words are read by a few NumPy gathers over the address space: 30 microseconds for 450 tensors.
+All words are read by a few NumPy gathers over the address space.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,28 +20,62 @@ import numpy.typing as npt
 import torch
 
 Integers = npt.NDArray[np.int64]
-_FORMATS: dict[int, Any] = {
-    np.dtype(kind).itemsize: np.dtype(kind).char for kind in (np.uint64, np.uint32, np.uint16, np.uint8)
-}
-"""Sizes of a word, falling, and what `memoryview` calls them."""
 _version_of = attrgetter("_version")
+_SIZES = (8, 4, 2, 1)  # of a word, in bytes
+
+
+class _Memory:
+    """The address space as words of one size, for NumPy. Word n stands at address `(n + 1) * size_bytes`: 0 is no address."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (size_bytes, True),
+            "shape": (2**56 // size_bytes,),
+            "typestr": np.dtype(f"u{size_bytes}").str,
+        }
+
+
+_MEMORY: dict[int, Any] = {size_bytes: np.asarray(_Memory(size_bytes)) for size_bytes in _SIZES}
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Tensors whose word has the same size. `counts`: words of each; `begins`: its first one in the arena."""
+
+    size_bytes: int
+    members: Integers
+    counts: npt.NDArray[np.float64]
+    begins: Integers
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of some tensors and where each stands in the arena; one entry a tensor that is not empty."""
+    """Sizes of some tensors and where each stands in the arena; one entry a tensor, none is empty."""
 
     shapes: tuple[tuple[int, ...], ...]
     offsets: Integers
     sizes_bytes: Integers
     element_bytes: Integers
+    groups: tuple[_Group, ...]  # if all are contiguous and aligned to their words
+    masks: Integers  # bits of an address that are 0 then
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, ...]], offsets: Sequence[int], element_bytes: Sequence[int]) -> "Layout":
         """`offsets` are the arena's."""
-        elements = np.array(element_bytes, np.int64)
-        counts = np.fromiter((np.prod(shape, dtype=np.int64) for shape in shapes), np.int64, len(shapes))
-        return cls(tuple(shapes), np.array(offsets, np.int64), counts * elements, elements)
+        elements, places = np.array(element_bytes, np.int64), np.array(offsets, np.int64)
+        sizes = np.fromiter(map(math.prod, shapes), np.int64, len(shapes)) * elements
+        words = _word_sizes(sizes, np.zeros_like(sizes))
+        return cls(tuple(shapes), places, sizes, elements, _grouped(words, sizes, places), words - 1)
+
+    def groups_of(self, addresses: Integers, strides: dict[int, tuple[int, ...]]) -> tuple[_Group, ...]:
+        """Sized for these addresses; of tensors that are not contiguous only single elements stand together."""
+        if not strides and not (addresses & self.masks).any():
+            return self.groups
+        together = self.sizes_bytes.copy()
+        odd = list(strides)
+        together[odd] = self.element_bytes[odd]
+        return _grouped(_word_sizes(together, addresses), self.sizes_bytes, self.offsets)
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -48,12 +83,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Words of one size, one of each member. `in_source` and `in_arena` count in words, from `memory` and the arena's begin."""
+    """Words of one size, one of each member: their places in memory and in the arena, and what stood there."""
 
     size_bytes: int
     members: Integers
-    memory: Any
-    in_source: Integers
+    in_memory: Integers
     in_arena: Integers
     values: npt.NDArray[Any]
 
@@ -64,10 +98,13 @@ class Words:
         it each time beside a busy main thread.
         """
         then = tuple(self.values.tolist())
-        words = memoryview(arena).cast("B")[: len(arena) // 8 * 8].cast(_FORMATS[self.size_bytes])
-        for memory, places in ((memoryview(self.memory), self.in_source), (words, self.in_arena)):
+        memory = memoryview(_MEMORY[self.size_bytes])
+        for words, places in (
+            (memory, self.in_memory),
+            (memoryview(arena).cast("B").cast(memory.format), self.in_arena),
+        ):
             first, *rest = places.tolist()
-            now = itemgetter(first, first, *rest)(memory)[1:]  # twice: of a single item it makes no tuple
+            now = itemgetter(first, first, *rest)(words)[1:]  # twice: of a single item it makes no tuple
             if now != then:
                 return int(self.members[_first_difference(now, then)])
         return None
@@ -76,27 +113,38 @@ class Words:
 def draw(
     layout: Layout, addresses: Integers, strides: dict[int, tuple[int, ...]], random: np.random.Generator
 ) -> list[Words]:
-    """Read one word of each tensor at a random place. `strides` names the tensors that are not contiguous."""
-    sizes = _word_sizes(layout, addresses, strides)
-    places = (random.random(len(layout)) * (layout.sizes_bytes // sizes)).astype(np.int64) * sizes
-    sources = addresses + places
-    if strides:
-        odd = np.fromiter(strides, np.int64, len(strides))
-        elements = places[odd] // layout.element_bytes[odd]
-        steps = _steps(elements, [layout.shapes[i] for i in strides], list(strides.values()))
-        sources[odd] = addresses[odd] + steps * layout.element_bytes[odd]
-        places[odd] = elements * layout.element_bytes[odd]
-    inside = layout.offsets + places
+    """Read one word of each tensor at a random place. `strides` names the tensors that are not contiguous.
+
+    Beside cold caches every NumPy call costs 5 microseconds, so there are few.
+    """
     drawn = []
-    for size in _FORMATS:
-        members = np.flatnonzero(sizes == size)
-        if len(members):
-            these = sources[members]
-            low = int(these.min())
-            memory = np.asarray(_Memory(low, (int(these.max()) - low) // size + 1, size))
-            in_source = (these - low) // size
-            drawn.append(Words(size, members, memory, in_source, inside[members] // size, memory.take(in_source)))
+    for group in layout.groups_of(addresses, strides):
+        size, members = group.size_bytes, group.members
+        places = (random.random(len(members)) * group.counts).astype(np.int64)
+        in_memory = addresses[members] // size + (places - 1)
+        if strides:
+            _scatter(layout, group, addresses, strides, (in_memory, places))
+        drawn.append(Words(size, members, in_memory, group.begins + places, _MEMORY[size].take(in_memory)))
     return drawn
+
+
+def _scatter(
+    layout: Layout,
+    group: _Group,
+    addresses: Integers,
+    strides: dict[int, tuple[int, ...]],
+    drawn: tuple[Integers, Integers],
+) -> None:
+    """Correct the places in memory and in the arena of strided members: the first word of the element that was drawn."""
+    in_memory, places = drawn
+    among = np.array([at for at, member in enumerate(group.members.tolist()) if member in strides], np.int64)
+    if len(among):
+        odd = group.members[among]
+        element_words = layout.element_bytes[odd] // group.size_bytes
+        elements = places[among] // element_words
+        steps = _steps(elements, [layout.shapes[i] for i in odd], [strides[i] for i in odd.tolist()])
+        in_memory[among] = addresses[odd] // group.size_bytes + steps * element_words - 1
+        places[among] = elements * element_words
 
 
 class Witnesses:
@@ -146,6 +194,8 @@ def addresses_of(tensors: Sequence[torch.Tensor]) -> Integers:
 
 def freed(tensors: Sequence[torch.Tensor], addresses: Integers) -> int | None:
     """Position of a tensor that has elements but no memory: reading it would kill the process."""
+    if np.count_nonzero(addresses) == len(addresses):
+        return None
     return next((i for i in np.flatnonzero(addresses == 0).tolist() if tensors[i].numel()), None)
 
 
@@ -160,18 +210,21 @@ def _first_difference(now: Sequence[Any], then: Sequence[Any]) -> int:
     return next(i for i, pair in enumerate(zip(now, then, strict=True)) if pair[0] != pair[1])
 
 
-def _word_sizes(layout: Layout, addresses: Integers, strides: dict[int, tuple[int, ...]]) -> Integers:
-    """The largest power of two up to 8 that each tensor has bytes for and is aligned to."""
-    sizes = np.full(len(layout), max(_FORMATS), np.int64)
-    if strides:  # only single elements stand together
-        odd = list(strides)
-        sizes[odd] = np.minimum(sizes[odd], layout.element_bytes[odd])
-    for size in tuple(_FORMATS)[1:]:
-        too_large = (sizes > layout.sizes_bytes) | ((addresses & (sizes - 1)) != 0)
-        if not too_large.any():
-            break
-        sizes[too_large] = size
+def _word_sizes(together_bytes: Integers, addresses: Integers) -> Integers:
+    """For each tensor the largest word that fits into what stands together and is aligned."""
+    sizes = np.full(len(addresses), _SIZES[0], np.int64)
+    for size in _SIZES[1:]:
+        sizes[(sizes > together_bytes) | ((addresses & (sizes - 1)) != 0)] = size
     return sizes
+
+
+def _grouped(words: Integers, sizes_bytes: Integers, offsets: Integers) -> tuple[_Group, ...]:
+    found = ((size, np.flatnonzero(words == size)) for size in _SIZES)
+    return tuple(
+        _Group(size, members, (sizes_bytes[members] // size).astype(np.float64), offsets[members] // size)
+        for size, members in found
+        if len(members)
+    )
 
 
 def _steps(elements: Integers, shapes: list[tuple[int, ...]], strides: list[tuple[int, ...]]) -> Integers:
@@ -184,15 +237,3 @@ def _steps(elements: Integers, shapes: list[tuple[int, ...]], strides: list[tupl
         total += rest % sizes[:, axis] * steps[:, axis]
         rest //= sizes[:, axis]
     return total
-
-
-class _Memory:
-    """A stretch of the address space as something NumPy reads without a copy."""
-
-    def __init__(self, address: int, items: int, item_bytes: int) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, True),
-            "shape": (items,),
-            "typestr": np.dtype(f"u{item_bytes}").str,
-        }

@@ -24,6 +24,7 @@ DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    torch.complex32, torch.float4_e2m1fn_x2,
 ]  # fmt: skip
 
 
@@ -339,6 +340,25 @@ def test_an_arena_that_is_too_small_is_refused(copier: Copier) -> None:
     with pytest.raises(ValueError, match="the arena has 4096"):
         copier.copy(rig.flat, rig.plan, small, overlap=False, started_s=0.0, then=rig.then.append)
     small.close()
+    rig.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_copy_that_fails_before_it_returns_raises_and_nothing_follows(
+    overlap: bool, copier: Copier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        raise RuntimeError("no memory left")
+
+    model, optimizer = trained()
+    rig = Rig({"model": model, "optimizer": optimizer}, copier)
+    monkeypatch.setattr(torch, "_foreach_copy_", refuse)
+    with pytest.raises(SnapshotError, match="no memory left") as raised:
+        rig.save(overlap=overlap)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    assert rig.then == []
+    monkeypatch.undo()
+    rig.assert_exact(rig.save(overlap=overlap))
     rig.close()
 
 

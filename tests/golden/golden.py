@@ -1,0 +1,96 @@
+"""The state of the golden checkpoints, by formula, and how they were written.
+
+python -m tests.golden.golden tests/golden/v1      # once per format version, and never again for the same one
+"""
+
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import asyncckpt
+from asyncckpt.format.dtypes import DTYPES
+
+STEP = 1000
+CODECS = ("planes", "zstd", "none")
+
+
+def weights(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Small floats that compress like weights, by integers and one division: the same bits on every machine."""
+    number = torch.arange(count, dtype=torch.int64)
+    spread = (number * 48271).remainder(65537) + (number * 69621).remainder(65521) - 65529
+    return (spread.to(torch.float64) / 2**22).to(dtype)
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    """Two rows of three elements of each dtype, from raw bytes, so that NaN payloads and odd bits are among them."""
+    found = {}
+    for name, kind in DTYPES.items():
+        dtype = getattr(torch, name, None)
+        if dtype is None:
+            continue
+        raw = torch.arange(6 * kind.element_bytes, dtype=torch.int64).mul(37).remainder(251).to(torch.uint8)
+        if dtype is torch.bool:
+            raw = raw.remainder(2)
+        found[name] = raw.view(dtype).reshape(2, 3)
+    return found
+
+
+def state() -> dict:
+    """What every later version must restore."""
+    tied = weights(500, torch.float32).reshape(20, 25)
+    return {
+        "model": OrderedDict(
+            {
+                "large.fp32": weights(20_000, torch.float32).reshape(200, 100),
+                "large.bf16": weights(40_000, torch.bfloat16),
+                "large.fp64": weights(9_000, torch.float64),
+                "tied.a": tied,
+                "tied.b": tied,
+                "empty": torch.empty(0, 3),
+                "scalar": torch.tensor(3.5),
+            }
+        ),
+        "dtypes": every_dtype(),
+        "odd names": {
+            "a/b": torch.tensor(1),
+            "100%": torch.tensor(2),
+            "#x": torch.tensor(3),
+            "x@1": torch.tensor(4),
+            "__metadata__": torch.tensor(5),
+            "é": torch.tensor(6),
+            "": torch.tensor(7),
+            3: torch.tensor(8),
+        },
+        "values": {
+            "int": 2**60,
+            "float": 0.1,
+            "nan": float("nan"),
+            "text": "é",
+            "none": None,
+            "yes": True,
+            "bytes": b"\x00\xff",
+            "complex": 1 + 2j,
+            "list": [1, 2.0, "x"],
+            "tuple": (1, None),
+            "nested": [{"deep": (torch.tensor(9), 10)}],
+            "numpy": np.float32(0.25),
+            "array": np.arange(5, dtype=np.uint16),
+        },
+        "bare": torch.arange(10),
+        "epoch": 7,
+    }
+
+
+def main(folder: Path) -> None:
+    """Write one checkpoint a codec."""
+    for codec in CODECS:
+        with asyncckpt.Saver(folder / codec, codec=codec, config={"lr": 0.001}, workers=1) as saver:
+            saver.save(STEP, state(), metrics={"loss": 0.5}, epoch=7, tags=("golden",), pin=True)
+            saver.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

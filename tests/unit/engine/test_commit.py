@@ -1,0 +1,283 @@
+"""The commit point: what makes a step exist, who wins, and what is left behind."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from asyncckpt import errors
+from asyncckpt.engine import commit as commits
+from asyncckpt.engine.job import SaveJob
+from asyncckpt.format import keys
+from asyncckpt.format.plan import plan
+from asyncckpt.format.record import Record
+from asyncckpt.options import RetryPolicy
+from asyncckpt.restore import load
+from asyncckpt.state.statefile import write_state
+from asyncckpt.state.tree import Flattener
+from asyncckpt.store.local import LocalStore
+from asyncckpt.store.memory import MemoryStore
+from asyncckpt.store.retry import RetryingStore
+from tests.faulty import FaultyStore
+from tests.writer import _put
+
+STEP = 10
+RECORD = keys.record_key(STEP)
+
+
+class ForgivingStore(MemoryStore):
+    """Ignores `if_absent`, as `rclone serve s3` does."""
+
+    conditional_puts = "unproven"
+
+    def put(self, key, data, *, if_absent=False):
+        super().put(key, data)
+
+
+class Attempt:
+    """One save of one tensor with a value of its own, ready to commit."""
+
+    def __init__(self, store, attempt="aaaaaaaa-000001", *, step=STEP, value=1.0, **fields):
+        self.store = store
+        self.job = SaveJob(1, step, attempt, structure=1, arena=1, codec="none", time_s=5.0, **fields)
+        self.flat = Flattener().flatten({"weight": torch.full((1000,), value), "epoch": 3})
+        self.plan = plan(self.flat.structure, codec="none")
+        self.arena = memoryview(bytearray(self.plan.arena_bytes))
+        for tensor, offset in zip(self.flat.tensors, self.plan.tensor_offsets, strict=True):
+            data = tensor.numpy().tobytes()
+            self.arena[offset : offset + len(data)] = data
+
+    def put_shards(self, store=None):
+        folder = keys.folder(self.job.step, self.job.attempt)
+        return [_put(store or self.store, folder, self.plan, shard, self.arena) for shard in self.plan.shards]
+
+    def commit(self):
+        receipts = self.put_shards()
+        end = self.plan.digests_offset + 32 * self.plan.chunk_count
+        digests = bytes(self.arena[self.plan.digests_offset : end])
+        state = write_state(self.flat.values)
+        return commits.commit(self.store, self.job, self.plan, receipts=receipts, digests=digests, state=state)
+
+
+def names(store):
+    return [entry.key for entry in store.list()]
+
+
+def value(store, step=STEP):
+    return load("memory://unused", step=step, store=store)["weight"][0].item()
+
+
+def owner(store, step=STEP):
+    key = keys.record_key(step)
+    return Record.parse(store.get(key, max_bytes=2**20), key).attempt
+
+
+def test_the_record_is_put_last_and_everything_it_names_stands_before():
+    store = MemoryStore()
+    puts = FaultyStore(store, operations={"put"})
+    outcome = Attempt(puts, metrics={"loss": 0.5}, epoch=2, tags=("best",), config={"lr": 1}, pinned=True).commit()
+    order = [key for _, key in puts.calls]
+    assert order[-1] == RECORD
+    assert order.count(RECORD) == 1
+    record = Record.parse(store.get(RECORD, max_bytes=2**20), RECORD)
+    assert {record.index.key, *(ref.key for ref in record.states)} <= set(order[:-1])
+    assert (record.metrics, record.epoch, record.tags, record.config, record.pinned, record.time) == (
+        {"loss": 0.5},
+        2,
+        ("best",),
+        {"lr": 1},
+        True,
+        5.0,
+    )
+    assert outcome.result == "committed"
+    assert outcome.raw_bytes == record.raw_bytes == 4000
+    assert outcome.stored_bytes == record.stored_bytes
+    assert outcome.stored_bytes == sum(len(store.get(key, max_bytes=2**20)) for key in order[:-1])
+
+
+def test_a_failure_before_the_record_leaves_no_checkpoint():
+    for fail in range(1, 4):
+        store = MemoryStore()
+        attempt = Attempt(FaultyStore(store, {fail}, operations={"put"}, error=lambda: errors.StoreAuthError("no")))
+        with pytest.raises(errors.StoreAuthError):
+            attempt.commit()
+        assert RECORD not in names(store), f"put {fail} failed"
+
+
+def test_a_lost_answer_to_the_record_is_recognised_as_our_own_success():
+    store = MemoryStore()
+    total = len(names_after_commit())
+    faulty = FaultyStore(store, {total}, after=True, operations={"put"})
+    retrying = RetryingStore(faulty, RetryPolicy(first_wait_s=0.001, max_wait_s=0.001))
+    assert Attempt(retrying).commit().result == "committed"
+    assert faulty.calls[-1] == ("put", RECORD)
+    assert faulty.calls[-2] == ("put", RECORD)
+    assert value(store) == 1.0
+
+
+def names_after_commit():
+    store = MemoryStore()
+    Attempt(store).commit()
+    return names(store)
+
+
+def test_a_commit_done_twice_is_one_checkpoint():
+    """A worker dies after the record was put and before it could say so; the task is done again."""
+    store = MemoryStore()
+    first, again = Attempt(store), Attempt(store)
+    assert first.commit().result == "committed"
+    before = {key: store.get(key, max_bytes=2**20) for key in names(store)}
+    assert again.commit().result == "committed"
+    assert {key: store.get(key, max_bytes=2**20) for key in names(store)} == before
+
+
+def test_a_step_of_another_attempt_is_never_overwritten():
+    store = MemoryStore()
+    Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
+    assert Attempt(store, "bbbbbbbb-000001", value=2.0).commit().result == "exists"
+    assert owner(store) == "aaaaaaaa-000001"
+    assert value(store) == 1.0
+
+
+def test_an_earlier_attempt_of_the_same_save_counts_as_committed():
+    """The service died after the record was put; the next one does the save again under a new attempt."""
+    store = MemoryStore()
+    Attempt(store, "aaaaaaaa-000001").commit()
+    again = Attempt(store, "aaaaaaaa-000002", earlier_attempts=("aaaaaaaa-000001",))
+    assert not commits.exists(store, again.job)
+    assert again.commit().result == "committed"
+    assert value(store) == 1.0
+
+
+def test_of_many_writers_at_once_exactly_one_commits():
+    store = MemoryStore()
+    results = {}
+    barrier = threading.Barrier(8)
+
+    def write(number):
+        attempt = Attempt(store, f"{number:08x}-000001", value=float(number))
+        barrier.wait()
+        results[number] = attempt.commit().result
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [number for number, result in results.items() if result == "committed"]
+    assert sorted(results.values()) == ["committed", *["exists"] * 7]
+    assert owner(store) == f"{winner:08x}-000001"
+    assert value(store) == winner
+
+
+def test_a_step_that_was_set_aside_as_damaged_can_be_saved_again(tmp_path):
+    for store in (MemoryStore(), LocalStore(tmp_path)):
+        Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
+        commits.mark_damaged(store, STEP)
+        again = Attempt(store, "bbbbbbbb-000001", value=2.0)
+        assert not commits.exists(store, again.job)
+        assert again.commit().result == "committed"
+        assert value(store) == 2.0
+        third = Attempt(store, "cccccccc-000001", value=3.0)
+        assert commits.exists(store, third.job), "the mark names the attempt that is gone, and counts no more"
+        assert third.commit().result == "exists"
+        assert value(store) == 2.0
+
+
+def test_a_record_that_cannot_be_read_stands_in_the_way_until_it_is_set_aside():
+    store = MemoryStore()
+    store.put(RECORD, [b"{"])
+    attempt = Attempt(store)
+    assert commits.exists(store, attempt.job)
+    assert attempt.commit().result == "exists"
+    commits.mark_damaged(store, STEP)
+    assert not commits.exists(store, attempt.job)
+    assert attempt.commit().result == "committed"
+    assert value(store) == 1.0
+
+
+def test_a_mark_for_no_checkpoint_is_not_written():
+    store = MemoryStore()
+    commits.mark_damaged(store, STEP)
+    assert names(store) == []
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_a_record_stands():
+    store = ForgivingStore()
+    attempt = Attempt(store, probe=True)
+    with pytest.raises(errors.UnsafeStoreError, match="single_writer=True") as raised:
+        attempt.commit()
+    assert raised.value.key is not None
+    assert RECORD not in names(store)
+    commits.abandon(store, attempt.job)
+    assert names(store) == []
+
+
+def test_a_store_that_honours_conditions_passes_the_probe():
+    class Unproven(MemoryStore):
+        conditional_puts = "unproven"
+
+    store = Unproven()
+    assert Attempt(store, probe=True).commit().result == "committed"
+    assert value(store) == 1.0
+
+
+def test_a_promised_single_writer_is_not_probed_and_is_told_when_the_promise_was_broken():
+    class Intruded(ForgivingStore):
+        conditional_puts = "single_writer"
+
+        def put(self, key, data, *, if_absent=False):
+            super().put(key, data)
+            if key == RECORD and intruder is not None:
+                super().put(key, [intruder])
+
+    intruder = None
+    store = Intruded()
+    assert Attempt(store, "bbbbbbbb-000001", probe=True).commit().result == "committed"
+    intruder = store.get(RECORD, max_bytes=2**20)
+    with pytest.raises(errors.CheckpointConflictError, match="single_writer") as raised:
+        Attempt(store, "aaaaaaaa-000001", probe=True).commit()
+    assert raised.value.step == STEP
+    assert raised.value.key == RECORD
+
+
+def test_abandon_leaves_nothing_of_the_attempt_and_touches_no_other():
+    store = MemoryStore()
+    Attempt(store, "aaaaaaaa-000001").commit()
+    kept = names(store)
+    loser = Attempt(store, "bbbbbbbb-000001")
+    loser.put_shards()
+    assert len(names(store)) > len(kept)
+    commits.abandon(store, loser.job)
+    assert names(store) == kept
+
+
+def test_abandon_keeps_what_was_committed_after_all():
+    """The answer to the record's put was lost for good: the save is reported as failed, and yet it stands."""
+    store = MemoryStore()
+    attempt = Attempt(store)
+    attempt.commit()
+    commits.abandon(store, attempt.job)
+    assert value(store) == 1.0
+
+
+def test_abandon_after_a_restart_keeps_what_an_earlier_attempt_committed():
+    store = MemoryStore()
+    first = Attempt(store, "aaaaaaaa-000001")
+    first.commit()
+    again = Attempt(store, "aaaaaaaa-000002", earlier_attempts=("aaaaaaaa-000001",))
+    again.put_shards()
+    commits.abandon(store, again.job)
+    assert value(store) == 1.0
+    assert not [key for key in names(store) if "000002" in key]
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_exists_tells_whether_the_step_is_taken(taken):
+    store = MemoryStore()
+    if taken:
+        Attempt(store, "bbbbbbbb-000001").commit()
+    job = Attempt(store).job
+    assert commits.exists(store, job) is taken
+    assert not commits.exists(store, replace(job, step=11))
