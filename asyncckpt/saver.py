@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -18,10 +17,11 @@ import torch
 
 from asyncckpt import errors, events, progress
 from asyncckpt.engine.arena import has_memory_files
-from asyncckpt.engine.client import EngineOptions, Listener, ServiceEngine
+from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.retention import recorded_steps
+from asyncckpt.engine.spawn import EngineOptions
 from asyncckpt.events import SaveReport
 from asyncckpt.format.record import check_config
 from asyncckpt.launch import Launcher, SaveRequest, distributed
@@ -33,7 +33,7 @@ from asyncckpt.store.opening import open_store
 
 _LOG = logging.getLogger("asyncckpt")
 _MAX_WORKERS = 8
-_savers: "weakref.WeakSet[Saver]" = weakref.WeakSet()
+_savers: "set[Saver]" = set()  # those with an engine and not closed: dropped ones finish their saves too
 
 
 class Saver:
@@ -106,7 +106,6 @@ class Saver:
         )
         self._launcher.overlap = overlap
         self._closed = False
-        _savers.add(self)
 
     # -- saving
 
@@ -200,8 +199,13 @@ class Saver:
             return
         try:
             self.wait()
-        finally:
+        except Exception:
             self._shut(wait=True)
+            raise
+        except BaseException:  # Ctrl-C: whoever is in a hurry does not wait for a slow store
+            self._leave()
+            raise
+        self._shut(wait=True)
 
     def __enter__(self) -> Self:
         return self
@@ -257,6 +261,7 @@ class Saver:
         return save
 
     def _start_engine(self, listener: Listener, next_attempt: Callable[[], str]) -> ServiceEngine | InlineEngine:
+        _savers.add(self)
         if self._engine_name == "service":
             options = EngineOptions(self.url, self._s3, self._workers, self._keep)
             return ServiceEngine(options, listener, next_attempt)
@@ -273,9 +278,13 @@ class Saver:
             steps = ", ".join(str(save.step) for save in in_flight)
             _LOG.warning("leaving while step(s) %s are on their way; the checkpoint service finishes them", steps)
         self._shut(wait=False)
+        for save in self._ledger.in_flight:
+            reason = "the Saver was left while this save was on its way; the checkpoint service finishes it"
+            self._ledger.forget(save, errors.CheckpointError(reason, step=save.step))
 
     def _shut(self, *, wait: bool) -> None:
         self._closed = True
+        _savers.discard(self)
         self._launcher.close(wait=wait)
         if self._custom is None:
             self._store.close()
@@ -319,7 +328,7 @@ def _rank() -> int:
 
 
 def _forked() -> None:
-    for saver in _savers:
+    for saver in list(_savers):
         saver._launcher.leave_in_child()
 
 

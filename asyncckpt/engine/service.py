@@ -4,36 +4,22 @@ No torch, no threads, no store request of its own: it only selects on sockets an
 supervision and a worker may be forked at any moment. An idle service sleeps in `select`.
 """
 
+import contextlib
 import gc
 import os
 import selectors
 import signal
 import socket
-import sys
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
-from asyncckpt.engine.wire import Channel, pair
-from asyncckpt.engine.worker import run_worker
+from asyncckpt.engine.seat import Seat, hire
+from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
-
-
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """A worker as the service sees it."""
-
-    pid: int
-    channel: Channel
-    heard_s: float
-    encoding: bool = False
-    tasks: dict[int, Task] = field(default_factory=dict)
-    structures: set[int] = field(default_factory=set)
-    arenas: set[int] = field(default_factory=set)
 
 
 class Service:
@@ -47,7 +33,7 @@ class Service:
         self._selector = selectors.DefaultSelector()
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
         self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._structures: dict[int, int] = {}
         self._arenas: dict[int, tuple[int, int]] = {}
         self._states: dict[int, int] = {}
@@ -93,6 +79,8 @@ class Service:
         assert self._trainer is not None
         messages = self._trainer.receive()
         if messages is None:
+            with contextlib.suppress(ConnectionError):
+                self._trainer.post({"op": "parted"})
             self._drop_trainer()
             return False
         for message, fds in messages:
@@ -140,7 +128,7 @@ class Service:
                 self._trainer.flush()
             else:
                 self._trainer.post(message)
-        except (BrokenPipeError, ConnectionResetError):
+        except ConnectionError:
             self._trainer_died()
             return
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._trainer.pending else 0)
@@ -176,81 +164,44 @@ class Service:
                     self._hello["workers"] = len(self._seats)  # the limit of processes: go on with those there are
             self._give(min(free or self._seats, key=lambda seat: len(seat.tasks)), task)
 
-    def _hire(self) -> _Seat:
-        ours, theirs = pair()
-        service_pid = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                ours.detach()
-                run_worker(theirs, self._hello, self._rules, service_pid)
-                status = 0
-            except BaseException:  # noqa: BLE001 - a worker ends here, whatever happened
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(status)
-        theirs.close()
-        ours.setblocking(False)
-        seat = _Seat(pid, Channel(ours), time.monotonic())
+    def _hire(self) -> Seat:
+        seat = hire(self._hello, self._rules)
         self._seats.append(seat)
         self._selector.register(seat.channel, selectors.EVENT_READ, seat)
         return seat
 
-    def _give(self, seat: _Seat, task: Task) -> None:
+    def _give(self, seat: Seat, task: Task) -> None:
         job = task.run.job
-        if not seat.tasks:
-            seat.heard_s = time.monotonic()
-        seat.tasks[task.number] = task
-        seat.encoding = seat.encoding or task.kind == "shard"
         message: dict[str, Any] = {"op": "task", "task": task.number, "kind": task.kind, "job": job.to_json()}
         fds: list[int] = []
         if task.kind in ("shard", "commit"):
-            self._introduce(seat, job)
+            seat.introduce("structure", job.structure, self._structures[job.structure], {})
+            fd, size_bytes = self._arenas[job.arena]
+            seat.introduce("arena", job.arena, fd, {"bytes": size_bytes})
         if task.kind == "shard":
             message["shard"] = task.shard
         elif task.kind == "commit":
             receipts = sorted(task.run.receipts.values(), key=lambda receipt: receipt.shard)
             message["receipts"] = [receipt.to_json() for receipt in receipts]
             fds = [self._states[job.number]]
-        self._post(seat, message, fds)
-
-    def _introduce(self, seat: _Seat, job: SaveJob) -> None:
-        if job.structure not in seat.structures:
-            seat.structures.add(job.structure)
-            self._post(seat, {"op": "structure", "structure": job.structure}, [self._structures[job.structure]])
-        if job.arena not in seat.arenas:
-            seat.arenas.add(job.arena)
-            fd, size_bytes = self._arenas[job.arena]
-            self._post(seat, {"op": "arena", "arena": job.arena, "bytes": size_bytes}, [fd])
+        seat.give(task, message, fds)
+        self._watch_seat(seat)
 
     def _to_all(self, message: dict[str, Any]) -> None:
         for seat in self._seats:
-            known = seat.structures if "structure" in message else seat.arenas
-            number = message.get("structure", message.get("arena"))
-            if number in known:
-                known.discard(number)
-                self._post(seat, message, [])
+            seat.forget(message)
+            self._watch_seat(seat)
 
-    def _post(self, seat: _Seat, message: dict[str, Any], fds: list[int]) -> None:
-        try:
-            seat.channel.post(message, fds)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # its end of the stream is read next
+    def _watch_seat(self, seat: Seat) -> None:
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if seat.channel.pending else 0)
         self._selector.modify(seat.channel, mask, seat)
 
-    def _seat_ready(self, seat: _Seat, mask: int) -> None:
+    def _seat_ready(self, seat: Seat, mask: int) -> None:
         if seat not in self._seats:
             return
         if mask & selectors.EVENT_WRITE:
-            try:
-                seat.channel.flush()
-            except (BrokenPipeError, ConnectionResetError):
-                pass
-            else:
-                if not seat.channel.pending:
-                    self._selector.modify(seat.channel, selectors.EVENT_READ, seat)
+            seat.flush()
+            self._watch_seat(seat)
         messages = seat.channel.receive()
         if messages is None:
             self._replace(seat, "died")
@@ -259,7 +210,7 @@ class Service:
         for message, _ in messages:
             self._heard(seat, message)
 
-    def _heard(self, seat: _Seat, message: dict[str, Any]) -> None:
+    def _heard(self, seat: Seat, message: dict[str, Any]) -> None:
         kind = message["op"]
         if kind == "beat":
             return
@@ -296,7 +247,7 @@ class Service:
             self._tell({"op": "alive"})
         self._reap()
 
-    def _replace(self, seat: _Seat, reason: str) -> None:
+    def _replace(self, seat: Seat, reason: str) -> None:
         tasks = list(seat.tasks.values())
         self._dismiss(seat)
         if tasks:
@@ -304,7 +255,7 @@ class Service:
         for task in reversed(tasks):
             self._answer(self._schedule.lost(task, reason))
 
-    def _dismiss(self, seat: _Seat) -> None:
+    def _dismiss(self, seat: Seat) -> None:
         self._selector.unregister(seat.channel)
         seat.channel.close()
         self._seats.remove(seat)

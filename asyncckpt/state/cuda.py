@@ -22,7 +22,7 @@ class Lane:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Order all later copies behind what the caller's stream was given so far, and enqueue those that must not overlap.
+        """Order all later copies behind what the caller's stream was given so far; enqueue those that must not overlap.
 
         The caller's stream waits for the latter (the host does not): whatever it writes next comes behind the copy.
         """

@@ -1,7 +1,7 @@
 """The gate in front of every optimizer step: while a snapshot is being copied, steps of this process wait for it.
 
-One global hook of torch (`register_optimizer_step_pre_hook`) serves all savers. torch runs it ahead of an optimizer's own
-hooks, for every `torch.optim.Optimizer`: second, fused, wrapped and deep-copied ones too.
+One global hook of torch (`register_optimizer_step_pre_hook`) serves all savers. torch runs it ahead of an optimizer's
+own hooks, for every `torch.optim.Optimizer`: second, fused, wrapped and deep-copied ones too.
 """
 
 import os

@@ -47,7 +47,8 @@ class LanePart:
 class Parts:
     """A state, cut. `now` is copied before `copy()` returns, `later` and the lanes' `later` overlap.
 
-    `watched`: all that overlaps, which nobody may write meanwhile; `layout` of it for the witness words, if it is in host memory.
+    `watched`: all that overlaps, which nobody may write meanwhile; `layout` of it, for the witness words, if it is in host
+    memory.
     """
 
     now: Part
@@ -61,7 +62,7 @@ _HOST_ONLY = not (torch.backends.cuda.is_built() or torch.backends.mps.is_built(
 
 
 def devices_of(tensors: Tensors) -> list[int]:
-    """Device numbers, -1 for host memory: what `cut` depends on besides the plan. Empty where torch knows no other memory."""
+    """Device numbers, -1 for host memory: what `cut` depends on besides the plan. Empty if torch knows no other memory."""
     return [] if _HOST_ONLY else list(map(torch.Tensor.get_device, tensors))
 
 
@@ -175,7 +176,7 @@ class Views:
 
 
 def _views(arena: Arena, plan: "Plan") -> list[torch.Tensor]:
-    """About 2 microseconds a tensor. Made as plain tensors: inference tensors could not be written outside that mode."""
+    """About a microsecond a tensor. Never inference tensors: those could not be written outside that mode."""
     if plan.arena_bytes > arena.bytes:
         raise ValueError(f"the plan needs {plan.arena_bytes} bytes, the arena has {arena.bytes}")
     with torch.inference_mode(mode=False), torch.no_grad():

@@ -1,8 +1,8 @@
 """Snapshots: the tensors of a state copied into an arena, before `copy()` returns (eager) or behind it (overlapped).
 
-All tensors of host memory go in one `torch._foreach_copy_`, which releases the GIL once for the whole list: copied one by
-one, each would wait for the GIL again beside a busy main thread (1.7 s instead of 46 ms for 0.8 GB). An overlapped copy
-runs on a thread of its own; optimizer steps wait for it (`hook`), and `witness` tells who wrote nevertheless.
+All tensors of host memory go in one `torch._foreach_copy_`, which releases the GIL once for the whole list: copied one
+by one, each would wait for the GIL again beside a busy main thread (1.7 s instead of 46 ms for 0.8 GB). An overlapped
+copy runs on a thread of its own; optimizer steps wait for it (`hook`), and `witness` tells who wrote nevertheless.
 """
 
 import contextlib
@@ -140,8 +140,8 @@ class Copy:
             if found is not None:
                 member, what = found
                 self.error = TornSnapshotError(
-                    f"this tensor {what} behind the optimizer hook while an overlapped snapshot copied it, so the copy may "
-                    "be of two moments; nothing of this save is stored. Write parameters and optimizer state in "
+                    f"this tensor {what} behind the optimizer hook while an overlapped snapshot copied it, so the copy "
+                    "may be of two moments; nothing of this save is stored. Write parameters and optimizer state in "
                     "Optimizer.step() only, call wait_staged() before any other write, or choose overlap=False",
                     key=work.path(work.parts.watched.members[member]),
                 )
@@ -180,7 +180,7 @@ class Copier:
         self._forks = gate.forks
 
     def prepare(self, plan: "Plan", arena: Arena) -> None:
-        """Do ahead, on any thread, what the first copy into this arena must do: views, and page-locking if CUDA is in use."""
+        """Do ahead, on any thread, what the first copy into this arena must do: views; page-locking if CUDA is in use."""
         with self._lock:
             self._views.of(arena, plan)
             if torch.cuda.is_initialized():
@@ -189,9 +189,9 @@ class Copier:
     def copy(self, flat: "Flat", plan: "Plan", arena: Arena, *, overlap: bool, started_s: float, then: Then) -> Copy:
         """Copy the tensors of `flat` to where `plan` has them in `arena`; `started_s` is of the same clock.
 
-        Eager, every byte is in the arena and `then(copy)` has run when this returns. Overlapped, it returns when all that may
-        change outside an optimizer's step is copied; the rest follows on the copy thread, and there `then`, which must be
-        quick. A failure before it returns raises `SnapshotError` and `then` is not called; one behind it is `copy.error`.
+        Eager, every byte is in the arena and `then(copy)` has run when this returns. Overlapped, it returns when all that
+        may change outside an optimizer's step is copied; the rest follows on the copy thread, and there `then`, which must
+        be quick. A failure before it returns raises `SnapshotError`, without `then`; one behind it is `copy.error`.
         """
         if self._forks != gate.forks:
             raise ForkedSaverError("a Saver belongs to the process that made it; make another one in the child")

@@ -22,10 +22,11 @@ import torch
 Integers = npt.NDArray[np.int64]
 _version_of = attrgetter("_version")
 _SIZES = (8, 4, 2, 1)  # of a word, in bytes
+_FORMATS: dict[int, Any] = {8: "Q", 4: "I", 2: "H", 1: "B"}
 
 
 class _Memory:
-    """The address space as words of one size, for NumPy. Word n stands at address `(n + 1) * size_bytes`: 0 is no address."""
+    """The address space as words of one size, for NumPy. Word n stands at `(n + 1) * size_bytes`: 0 is no address."""
 
     def __init__(self, size_bytes: int) -> None:
         self.__array_interface__ = {
@@ -37,6 +38,10 @@ class _Memory:
 
 
 _MEMORY: dict[int, Any] = {size_bytes: np.asarray(_Memory(size_bytes)) for size_bytes in _SIZES}
+
+
+def _words_of(buffer: Any, size_bytes: int) -> Any:
+    return memoryview(buffer).cast("B").cast(_FORMATS[size_bytes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +99,12 @@ class Words:
     def written(self, arena: mmap.mmap) -> int | None:
         """The first member whose word no longer stands in its source, or does not stand in the arena.
 
-        Sources must be alive. Keeps the GIL: NumPy would give it away in every call, and the copy thread would wait 5 ms for
-        it each time beside a busy main thread.
+        Sources must be alive. Keeps the GIL: NumPy would give it away in every call, and beside a busy main thread the
+        copy thread would wait 5 ms for it each time.
         """
         then = tuple(self.values.tolist())
-        memory = memoryview(_MEMORY[self.size_bytes])
-        for words, places in (
-            (memory, self.in_memory),
-            (memoryview(arena).cast("B").cast(memory.format), self.in_arena),
-        ):
+        for buffer, places in ((_MEMORY[self.size_bytes], self.in_memory), (arena, self.in_arena)):
+            words = _words_of(buffer, self.size_bytes)
             first, *rest = places.tolist()
             now = itemgetter(first, first, *rest)(words)[1:]  # twice: of a single item it makes no tuple
             if now != then:
@@ -135,7 +137,7 @@ def _scatter(
     strides: dict[int, tuple[int, ...]],
     drawn: tuple[Integers, Integers],
 ) -> None:
-    """Correct the places in memory and in the arena of strided members: the first word of the element that was drawn."""
+    """Correct the places, in memory and arena, of strided members: the first word of the element that was drawn."""
     in_memory, places = drawn
     among = np.array([at for at, member in enumerate(group.members.tolist()) if member in strides], np.int64)
     if len(among):

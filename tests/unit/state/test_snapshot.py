@@ -61,6 +61,7 @@ def random_bytes(dtype: torch.dtype, count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8).view(dtype)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_every_dtype_is_copied_bit_by_bit_whatever_its_layout(

@@ -1,0 +1,84 @@
+"""A worker as the service sees it: forked, introduced to structures and arenas, given tasks."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncckpt.engine.schedule import Task
+from asyncckpt.engine.wire import Channel, Message, pair
+from asyncckpt.engine.worker import run_worker
+from asyncckpt.options import KeepRule
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """`encoding`: a shard was given and is not encoded yet; `heard_s`: its last sign of life.
+
+    Nothing here ever waits or raises for a worker that is gone: the end of its stream is read soon.
+    """
+
+    pid: int
+    channel: Channel
+    heard_s: float
+    encoding: bool = False
+    tasks: dict[int, Task] = field(default_factory=dict)
+    known: set[tuple[str, int]] = field(default_factory=set)
+
+    def give(self, task: Task, message: Message, fds: Sequence[int]) -> None:
+        """Send a task."""
+        if not self.tasks:
+            self.heard_s = time.monotonic()
+        self.tasks[task.number] = task
+        self.encoding = self.encoding or task.kind == "shard"
+        self._post(message, fds)
+
+    def introduce(self, kind: str, number: int, fd: int, facts: Mapping[str, Any]) -> None:
+        """Send a structure or an arena, once."""
+        if (kind, number) not in self.known:
+            self.known.add((kind, number))
+            self._post({"op": kind, kind: number, **facts}, [fd])
+
+    def forget(self, message: Message) -> None:
+        """Mirror of `introduce`, with the trainer's own message."""
+        kind = message["op"].removeprefix("forget_")
+        if (kind, message[kind]) in self.known:
+            self.known.discard((kind, message[kind]))
+            self._post(message, [])
+
+    def flush(self) -> None:
+        """Send what did not fit before."""
+        with contextlib.suppress(ConnectionError):
+            self.channel.flush()
+
+    def _post(self, message: Message, fds: Sequence[int]) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.channel.post(message, fds)
+
+
+def hire(hello: dict[str, Any], rules: Sequence[KeepRule]) -> Seat:
+    """Fork a worker. The caller has no threads."""
+    ours, theirs = pair()
+    service_pid = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
+    if pid == 0:
+        status = 1
+        try:
+            ours.detach()
+            run_worker(theirs, hello, rules, service_pid)
+            status = 0
+        except BaseException:  # noqa: BLE001 - a worker ends here, whatever happened
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+    theirs.close()
+    ours.setblocking(False)
+    return Seat(pid, Channel(ours), time.monotonic())
