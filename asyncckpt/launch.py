@@ -23,6 +23,7 @@ from asyncckpt.events import SaveReport
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import Codec, OnExists
 from asyncckpt.save import Ledger, Save
+from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier, Copy
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
@@ -99,9 +100,12 @@ class Launcher:
         """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts."""
         flat = self._flattener.flatten(state)
         planned = self._plan(flat.structure)
-        arena = self._take(planned.plan, wait=wait)
-        if arena is None:
-            return None
+        while (arena := self._take(planned.plan)) is None:
+            if not wait:
+                return None
+            self._arenas.wait_free()
+            flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
+            planned = self._plan(flat.structure)
         save = self._ledger.open(request.step, started_s)
         try:
             engine = self._engine_started()
@@ -115,6 +119,7 @@ class Launcher:
                 then=lambda copy: self._staged(flight, flat, planned.plan, engine, copy),
             )
         except BaseException as error:
+            self._copier.forget(arena)  # an interrupt may leave a copy in flight
             handed_over = self._engine is not None and self._engine.holds(save._number)
             if not handed_over and not save.done():  # an interrupt may come when the engine reads the arena already
                 self._flights.pop(save._number, None)
@@ -128,7 +133,7 @@ class Launcher:
         planned = self._plan(self._flattener.flatten(state).structure)
         self._engine_started()
         fresh: list[Arena] = []
-        while len(fresh) < self.pending and (arena := self._take(planned.plan, wait=False)) is not None:
+        while len(fresh) < self.pending and (arena := self._take(planned.plan)) is not None:
             fresh.append(arena)
         thread = threading.Thread(
             target=_touch, args=(self._copier, planned.plan, fresh), name="asyncckpt-touch", daemon=True
@@ -192,15 +197,26 @@ class Launcher:
             return
         try:
             engine.submit(flight.job, layout, flight.arena, write_state(flat.values))
-        except Exception as error:  # noqa: BLE001 - it is this save's failure
+        except errors.CheckpointError as error:
             self.ended(number, None, error)
+            return
+        except Exception as error:  # noqa: BLE001 - it is this save's failure
+            failure = errors.CheckpointError(f"the save could not be handed over: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self.ended(number, None, failure)
             return
         flight.save._staged.set()
         self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
 
     def _engine_started(self) -> Engine:
+        if self._engine is not None and self._engine.broken:
+            self._engine.close(wait=False)
+            self._engine = None
         if self._engine is None:
-            self._engine = self._start_engine(self, self._next_attempt)
+            try:
+                self._engine = self._start_engine(self, self._next_attempt)
+            except OSError as error:
+                raise errors.CheckpointError(f"the checkpoint service could not be started: {error}") from error
         return self._engine
 
     def _next_attempt(self) -> str:
@@ -221,7 +237,7 @@ class Launcher:
             tags=request.tags,
             pinned=request.pinned,
             versions=_versions(),
-            world_size=torch.distributed.get_world_size() if distributed() else 1,
+            world_size=world_size(),
             on_exists=request.on_exists,
             probe=not self._probed,
         )
@@ -237,8 +253,11 @@ class Launcher:
                     self._engine.forget_structure(oldest.number)
         return known
 
-    def _take(self, layout: Plan, *, wait: bool) -> Arena | None:
-        taken = self._arenas.take(layout.arena_bytes, wait=wait)
+    def _take(self, layout: Plan) -> Arena | None:
+        try:
+            taken = self._arenas.take(layout.arena_bytes)
+        except (OSError, MemoryError, OverflowError, ValueError) as error:
+            raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
         if taken is None:
             return None
         arena, replaced = taken
@@ -272,11 +291,6 @@ def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:
     for arena in arenas:
         arena.touch()
         copier.prepare(layout, arena)
-
-
-def distributed() -> bool:
-    """Whether torch.distributed runs in this process."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @functools.cache

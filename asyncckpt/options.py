@@ -114,3 +114,16 @@ class Best:
 
 
 StepChoice = int | Literal["latest"] | Best
+
+
+def check_choices(**choices: Any) -> None:
+    """`ValueError` for a word that is no choice of its option."""
+    allowed = {
+        "codec": ("auto", "planes", "zstd", "none"),
+        "when_full": ("wait", "skip", "raise"),
+        "on_exists": ("skip", "raise"),
+        "engine": (None, "service", "inline"),
+    }
+    for name, choice in choices.items():
+        if choice not in allowed[name]:
+            raise ValueError(f"{name} is one of {allowed[name]}, not {choice!r}")

@@ -6,33 +6,29 @@
 import atexit
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from asyncckpt import errors, events, progress
-from asyncckpt.engine.arena import has_memory_files
 from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.retention import recorded_steps
-from asyncckpt.engine.spawn import EngineOptions
+from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.events import SaveReport
 from asyncckpt.format.record import check_config
-from asyncckpt.launch import Launcher, SaveRequest, distributed
-from asyncckpt.options import Codec, EngineName, KeepRule, OnExists, S3Options, StepChoice, WhenFull
+from asyncckpt.launch import Launcher, SaveRequest
+from asyncckpt.options import Codec, EngineName, KeepRule, OnExists, S3Options, StepChoice, WhenFull, check_choices
 from asyncckpt.restore import Restored, restore_from
 from asyncckpt.save import Ledger, Save
+from asyncckpt.state.ranks import rank
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
 
 _LOG = logging.getLogger("asyncckpt")
-_MAX_WORKERS = 8
 _savers: "set[Saver]" = set()  # those with an engine and not closed: dropped ones finish their saves too
 
 
@@ -78,7 +74,7 @@ class Saver:
         engine: EngineName | None = None,
         hooks: Sequence[events.Hook] = (),
     ) -> None:
-        _check_choices(codec=codec, when_full=when_full, on_exists=on_exists, engine=engine)
+        check_choices(codec=codec, when_full=when_full, on_exists=on_exists, engine=engine)
         if pending < 1 or (workers is not None and workers < 1):
             raise ValueError("pending and workers are at least 1")
         check_config(config)
@@ -91,8 +87,8 @@ class Saver:
         self._workers = workers or default_workers()
         self._custom = store if isinstance(store, Store) else None
         self._s3 = store if isinstance(store, S3Options) else None
-        self._engine_name = _choose_engine(self.url, engine, self._custom)
-        self._store = self._custom or open_store(self.url, self._s3, on_retry=self._hooks)
+        self._engine_name = choose_engine(self.url, engine, in_process=self._custom is not None)
+        self._store = self._custom or open_store(self.url, self._s3, on_retry=self._retried)
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._ledger = Ledger(self._hooks, max_failed_saves)
@@ -132,7 +128,7 @@ class Saver:
         self._check_usable()
         request = self._request(step, metrics, epoch, tags, pin=pin)
         self._ledger.report_earlier(step)
-        if _rank() != 0:
+        if rank() != 0:
             save = Save(step, 0, started_s)
             save._conclude(SaveReport(step, skipped="rank 0 writes replicated state"), None)
             return save
@@ -165,7 +161,7 @@ class Saver:
         Optional; returns before the pages are touched. Call it when the optimizer holds its state already (or after the first step).
         """
         self._check_usable()
-        if _rank() != 0:
+        if rank() != 0:
             return
         with self._lock:
             self._launcher.provide(state)
@@ -181,7 +177,7 @@ class Saver:
         """
         self._check_usable()
         found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks)
-        if _rank() == 0:
+        if rank() == 0:
             for damaged in found.damaged:
                 mark_damaged(self._store, damaged)
         if found.restored is not None and any(
@@ -263,9 +259,17 @@ class Saver:
     def _start_engine(self, listener: Listener, next_attempt: Callable[[], str]) -> ServiceEngine | InlineEngine:
         _savers.add(self)
         if self._engine_name == "service":
-            options = EngineOptions(self.url, self._s3, self._workers, self._keep)
-            return ServiceEngine(options, listener, next_attempt)
+            return ServiceEngine(self._engine_options(), listener, next_attempt)
         return InlineEngine(self._store, self._keep, listener)
+
+    def _engine_options(self) -> EngineOptions:
+        return EngineOptions(self.url, self._s3, self._workers, self._keep)
+
+    def _retried(self, event: events.StoreRetried) -> None:
+        if isinstance(self._launcher._engine, InlineEngine):
+            self._launcher._engine.retried(event)
+        else:
+            self._hooks(event)
 
     def _leave(self) -> None:
         """Hand over what is staged and go; the in-process engine must finish first."""
@@ -288,43 +292,6 @@ class Saver:
         self._launcher.close(wait=wait)
         if self._custom is None:
             self._store.close()
-
-
-def default_workers() -> int:
-    """The usable cores, divided among the ranks of this host, at most 8 and at least 1."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // max(1, ranks)))
-
-
-def _choose_engine(url: str, engine: EngineName | None, custom: Store | None) -> EngineName:
-    if custom is not None or url.startswith("memory:"):
-        if engine == "service":
-            raise ValueError("a store that lives in this process needs the in-process engine: leave engine out")
-        return "inline"
-    if engine is not None:
-        return engine
-    if has_memory_files() and sys.executable:
-        return "service"
-    _LOG.warning(
-        "no memory files or no interpreter to start: saving on threads of this process, slower beside a busy main thread"
-    )
-    return "inline"
-
-
-def _check_choices(**choices: Any) -> None:
-    allowed = {
-        "codec": ("auto", "planes", "zstd", "none"),
-        "when_full": ("wait", "skip", "raise"),
-        "on_exists": ("skip", "raise"),
-        "engine": (None, "service", "inline"),
-    }
-    for name, choice in choices.items():
-        if choice not in allowed[name]:
-            raise ValueError(f"{name} is one of {allowed[name]}, not {choice!r}")
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if distributed() else 0
 
 
 def _forked() -> None:

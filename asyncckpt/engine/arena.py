@@ -108,11 +108,14 @@ class ArenaPool:
         self._next = 0
         self._changed = threading.Condition()
 
-    def take(self, size_bytes: int, *, wait: bool, timeout: float | None = None) -> tuple[Arena, list[Arena]] | None:
+    def wait_free(self, timeout: float | None = None) -> bool:
+        """Block until `take` would succeed, or for `timeout` seconds; whether it would."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._in_flight) < self._count, timeout)
+
+    def take(self, size_bytes: int) -> tuple[Arena, list[Arena]] | None:
         """An arena of at least `size_bytes`, and the arenas it replaces (the caller closes them); None if all are in flight."""
         with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: len(self._in_flight) < self._count, timeout)
             if len(self._in_flight) >= self._count:
                 return None
             fitting = [arena for arena in self._free if arena.bytes >= size_bytes]

@@ -65,6 +65,11 @@ class ServiceEngine:
         """The service's process id."""
         return self._service.pid
 
+    @property
+    def broken(self) -> bool:
+        """Whether it gave up: every save fails from now on."""
+        return self._broken is not None
+
     def submit(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
         """Hand one staged save over. It goes on if this process is killed."""
         save = _Submitted(job, len(plan.shards), plan.structure, arena, state)

@@ -35,6 +35,7 @@ class InlineEngine:
     """Saves on threads of this process; same interface as `ServiceEngine`."""
 
     pid: int | None = None
+    broken = False
 
     def __init__(self, store: Store, keep: tuple[KeepRule, ...], listener: Listener) -> None:
         self._store = store

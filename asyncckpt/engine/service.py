@@ -11,6 +11,7 @@ import selectors
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from asyncckpt import errors
@@ -152,7 +153,8 @@ class Service:
         while True:
             free = [seat for seat in self._seats if not seat.encoding]
             room = bool(free) or len(self._seats) < self._hello["workers"]
-            task = self._schedule.next(encoder_free=room)
+            # one encoder always; more of them only while the trainer leaves a core idle
+            task = self._schedule.next(encoder_free=room and (len(free) == len(self._seats) or has_idle_core()))
             if task is None:
                 return
             if not free and len(self._seats) < self._hello["workers"]:
@@ -268,6 +270,13 @@ class Service:
         for pid in list(self._dying):
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
                 self._dying.discard(pid)
+
+
+def has_idle_core() -> bool:
+    """Whether fewer threads of this host want to run than it has cores, at this moment and without us."""
+    with Path("/proc/loadavg").open() as file:
+        runnable = int(file.read().split()[3].partition("/")[0])
+    return runnable - 1 < (os.cpu_count() or 1)
 
 
 def main(fd: int) -> None:

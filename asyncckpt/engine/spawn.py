@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import asyncckpt
+from asyncckpt.engine.arena import has_memory_files
 from asyncckpt.engine.job import rules_to_json
 from asyncckpt.engine.wire import Channel, Message, pair
-from asyncckpt.options import KeepRule, S3Options
+from asyncckpt.options import EngineName, KeepRule, S3Options
 
 _BOOTSTRAP = """\
 import sys, json, importlib.util
@@ -28,6 +30,9 @@ main(int(sys.argv[1]))
 # `-P` and appending keep a queue.py in the user's folder from shadowing the standard library's; the package itself is
 # loaded from the very file the trainer uses, wherever that was found.
 _STDERR_BYTES = 4096
+_MAX_WORKERS = 8
+_LOG = logging.getLogger("asyncckpt")
+_GRACE_S = 2.0
 SIGNS = 9
 """Signs of life that a service gives within the time after which its silence is taken for death."""
 
@@ -90,8 +95,11 @@ class ServiceProcess:
 
     def bury(self) -> str:
         """Kill it if need be, free everything, and tell how it ended."""
-        self.kill()
-        status = self._process.wait()
+        try:
+            status = self._process.wait(_GRACE_S)  # it may be about to end by itself, and then its status says more
+        except subprocess.TimeoutExpired:
+            self.kill()
+            status = self._process.wait()
         text = os.pread(self._stderr, 2**20, 0)[-_STDERR_BYTES:].decode(errors="replace").strip()
         self._let_go()
         return f"exit status {status}" + (f": {text}" if text else "")
@@ -142,3 +150,25 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
         "hang_s": options.hang_s,
         "alive_s": options.silent_s / SIGNS,
     }
+
+
+def default_workers() -> int:
+    """The usable cores, divided among the ranks of this host, at most 8 and at least 1."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // max(1, ranks)))
+
+
+def choose_engine(url: str, engine: EngineName | None, *, in_process: bool) -> EngineName:
+    """The user's engine, or the service where it can run. `in_process`: the store is an object of this process."""
+    if in_process or url.startswith("memory:"):
+        if engine == "service":
+            raise ValueError("a store that lives in this process needs the in-process engine: leave engine out")
+        return "inline"
+    if engine is not None:
+        return engine
+    if has_memory_files() and sys.executable:
+        return "service"
+    _LOG.warning(
+        "no memory files or no interpreter to start: saving on threads of this process, slower beside a busy main thread"
+    )
+    return "inline"

@@ -17,7 +17,7 @@ from typing import Any
 from asyncckpt import errors
 from asyncckpt.engine import commit, retention
 from asyncckpt.engine.job import SaveJob, ShardReceipt
-from asyncckpt.engine.pipeline import Pipeline
+from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
 from asyncckpt.engine.wire import Channel, read_memory_file
 from asyncckpt.events import StoreRetried
 from asyncckpt.format.plan import Plan, Structure, plan
@@ -27,6 +27,8 @@ from asyncckpt.store.opening import open_store
 
 BEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
 
 Reply = Callable[[int, str, dict[str, Any]], None]
@@ -207,9 +209,21 @@ def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepR
         os._exit(1)
     close_all_but(sock.fileno())
     os.nice(hello["nice"])
+    _keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     sock.setblocking(True)
     _Worker(Channel(sock), hello, rules).serve()
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse the frames' memory instead of giving it back: each page would be zeroed and mapped again at the next frame.
+
+    60,000 page faults a GB less; what is kept is bounded by the bytes in flight.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, _MALLOC_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, IN_FLIGHT_BYTES)
 
 
 def close_all_but(keep: int) -> None:

@@ -18,12 +18,10 @@ class Binding:
 
     No references: they would keep a dropped model in memory. No weak ones either: `torch.utils.swap_tensors` refuses tensors
     that have one. So a tensor may be mistaken for a dead one at its address; whatever matters then is compared at every save
-    (kind, dtype and shape by the flattener, layout, device, owners and ties here).
+    (kind by the walk, dtype, shape, layout and device by `Makeup`, owners and ties here).
     """
 
     ids: list[int]
-    layouts: list[torch.layout]
-    devices: list[torch.device]
     owned: list[int]  # ids of the optimizers' parameters
     ties: tuple[tuple[int, int], ...]  # (leaf, earlier leaf that is stored for it)
     stored: list[bool]  # per leaf: not tied to an earlier one
@@ -33,8 +31,7 @@ class Binding:
 
     def holds(self, leaves: list[torch.Tensor], owned: list[int]) -> bool:
         """Still true for these leaves? A few new tensors that nothing is known of (generator states) are taken in."""
-        places = [leaf.device for leaf in leaves], [leaf.layout for leaf in leaves]
-        if owned != self.owned or places != (self.devices, self.layouts):
+        if owned != self.owned:
             return False
         if any(_view(leaves[a]) != _view(leaves[b]) for a, b in self.ties if leaves[a] is not leaves[b]):
             return False
@@ -70,8 +67,6 @@ def bind(walk: Walk, owned: list[int]) -> Binding:
         flags[at] = False
     return Binding(
         ids=list(map(id, leaves)),
-        layouts=[leaf.layout for leaf in leaves],
-        devices=[leaf.device for leaf in leaves],
         owned=owned,
         ties=ties,
         stored=stored,

@@ -12,7 +12,8 @@ import torch
 from asyncckpt.engine.arena import Arena
 from asyncckpt.state.cuda import Lane
 from asyncckpt.state.dtypes import BY_NAME
-from asyncckpt.state.witness import Integers, Layout, Witnesses
+from asyncckpt.state.sight import Sight
+from asyncckpt.state.witness import Layout, Witnesses
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
     from asyncckpt.format.plan import Plan
@@ -122,13 +123,10 @@ class Work:
             lane.start(part.now.of(self.targets), part.now.of(self.tensors))
         self._copy_host(self.parts.now)
 
-    def watch(self, addresses: Integers, random: np.random.Generator) -> None:
+    def watch(self, sight: Sight, random: np.random.Generator) -> None:
         """Take the witnesses."""
         watched = self.parts.watched
-        tensors = watched.of(self.tensors)
-        if len(tensors) != len(addresses):
-            addresses = addresses[list(watched.members)]
-        self.witnesses = Witnesses(tensors, addresses, self.parts.layout, random)
+        self.witnesses = Witnesses(watched.of(self.tensors), sight.only(watched.members), self.parts.layout, random)
 
     def copy(self) -> None:
         """Copy the rest: host memory now, devices into their lanes."""

@@ -23,7 +23,7 @@ from asyncckpt.errors import ForkedSaverError, SnapshotError, TornSnapshotError,
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
 from asyncckpt.state.parts import Parts, Views, Work, cut, devices_of
-from asyncckpt.state.witness import addresses_of, freed
+from asyncckpt.state.witness import freed
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
     from asyncckpt.format.plan import Plan
@@ -199,8 +199,7 @@ class Copier:
             raise RuntimeError("this Copier is closed")
         if cuda.capturing():
             raise SnapshotError("save() was called inside the capture of a CUDA graph; call it outside")
-        addresses = addresses_of(flat.tensors)
-        gone = freed(flat.tensors, addresses)
+        gone = freed(flat.tensors, flat.sight.addresses)
         if gone is not None:
             path = flat.structure.path(gone)
             raise UnsupportedTensorError("its storage was freed; gather the full parameters before saving", key=path)
@@ -211,7 +210,7 @@ class Copier:
                 work.start()
             if work.parts.watched.members and self._has_thread():
                 work.before_copy = self._before_copy
-                work.watch(addresses, self._random)
+                work.watch(flat.sight, self._random)
                 gate.enter(copy)
                 self._jobs.put((copy, then))
                 return copy

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, compress
-from operator import eq
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from asyncckpt.format import keys
 from asyncckpt.format.plan import Group, Structure, TensorSpec
 from asyncckpt.state.binding import Binding, bind
 from asyncckpt.state.dtypes import NAMES, complaint
+from asyncckpt.state.sight import Makeup, Sight
 from asyncckpt.state.walk import (
     KIND_NAMES,
     MAPPINGS,
@@ -175,6 +175,7 @@ class Flat:
     values: dict[str, Any]
     overlappable: tuple[bool, ...]
     has_optimizer: bool
+    sight: Sight
 
 
 class Flattener:
@@ -182,8 +183,7 @@ class Flattener:
 
     def __init__(self) -> None:
         self._tokens: list[Any] = []
-        self._shapes: list[torch.Size] = []
-        self._dtypes: list[torch.dtype] = []
+        self._makeup = Makeup()
         self._description: Description | None = None
         self._structure: Structure | None = None
         self._binding: Binding | None = None
@@ -204,30 +204,27 @@ class Flattener:
             self._description = Description(walk.tokens)
             self._tokens, self._structure, self._binding = walk.tokens, None, None
         try:
-            self._compare(leaves)
-        except RuntimeError:  # nested tensors have no shape
+            same, sight = self._makeup.look(leaves)
+        except (RuntimeError, NotImplementedError):  # nested tensors have no shape, sparse ones no address
             self._check(leaves)
             raise
+        if not same:
+            self._structure = self._binding = None
         binding = self._bind(walk)
         if self._structure is None:
             self._structure = _structure(self._description, leaves, binding.ties)
         if binding.resolved:
             for at in binding.resolved:
                 leaves[at] = leaves[at].detach().resolve_conj().resolve_neg()
+            sight = Sight.of(leaves)
         return Flat(
             structure=self._structure,
             tensors=tuple(compress(leaves, binding.stored) if binding.ties else leaves),
             values=dict(zip(self._description.values, walk.values, strict=True)),
             overlappable=binding.overlappable,
             has_optimizer=bool(walk.optimizers),
+            sight=sight.chosen(binding.stored) if binding.ties else sight,
         )
-
-    def _compare(self, leaves: list[torch.Tensor]) -> None:
-        """Forget the structure if a dtype or shape differs. Sizes are compared one by one: a list of 20,000 wakes the collector."""
-        dtypes = [leaf.dtype for leaf in leaves]
-        if dtypes != self._dtypes or not all(map(eq, map(torch.Tensor.size, leaves), self._shapes)):
-            shapes = [leaf.shape for leaf in leaves]
-            self._shapes, self._dtypes, self._structure, self._binding = shapes, dtypes, None, None
 
     def _bind(self, walk: Walk) -> Binding:
         """Check the live tensors, or only those that took another's place since the last time."""

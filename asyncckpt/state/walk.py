@@ -115,7 +115,9 @@ class Walk:
                 tokens += (kind, len(child))
                 tokens += child
                 inside = child.values()
-                if _TENSOR_KINDS.issuperset(map(type, inside)):  # an optimizer's state of one parameter: no more to enter
+                if _TENSOR_KINDS.issuperset(
+                    map(type, inside)
+                ):  # an optimizer's state of one parameter: no more to enter
                     tokens += repeat(torch.Tensor, len(child))
                     leaves += inside
                 else:

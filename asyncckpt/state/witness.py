@@ -12,15 +12,15 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Integers = npt.NDArray[np.int64]
-_version_of = attrgetter("_version")
+from asyncckpt.state.sight import Integers, Sight, addresses_of, versions_of
+
 _SIZES = (8, 4, 2, 1)  # of a word, in bytes
 _FORMATS: dict[int, Any] = {8: "Q", 4: "I", 2: "H", 1: "B"}
 
@@ -155,27 +155,27 @@ class Witnesses:
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
-        addresses: Integers,
+        sight: Sight,
         layout: Layout | None,
         random: np.random.Generator,
     ) -> None:
-        """`addresses`: theirs. `layout` None: no words, for tensors that are not in host memory."""
+        """`sight`: of these tensors, now. `layout` None: no words, for tensors that are not in host memory."""
         self._tensors = tensors
-        self._addresses = addresses
-        self._versions = _versions(tensors)
+        self._addresses = sight.addresses
+        self._versions = sight.versions
         self._words: list[Words] = []
         if layout is not None:
             strides: dict[int, tuple[int, ...]] = {}
-            if not all(map(torch.Tensor.is_contiguous, tensors)):
+            if not sight.contiguous:
                 strides = {i: tensor.stride() for i, tensor in enumerate(tensors) if not tensor.is_contiguous()}
-            self._words = draw(layout, addresses, strides, random)
+            self._words = draw(layout, sight.addresses, strides, random)
 
     def difference(self, arena: mmap.mmap | None) -> tuple[int, str] | None:
         """Position of a tensor that somebody wrote, and how it shows; None if nobody did.
 
         Without an arena the words are left out: the copy is not complete.
         """
-        now = _versions(self._tensors)
+        now = versions_of(self._tensors)
         if now != self._versions:
             return _first_difference(now, self._versions), "was written in place"
         addresses = addresses_of(self._tensors)
@@ -189,23 +189,11 @@ class Witnesses:
         return None
 
 
-def addresses_of(tensors: Sequence[torch.Tensor]) -> Integers:
-    """Where the tensors' bytes begin; 0 for one whose storage was freed."""
-    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
-
-
 def freed(tensors: Sequence[torch.Tensor], addresses: Integers) -> int | None:
     """Position of a tensor that has elements but no memory: reading it would kill the process."""
     if np.count_nonzero(addresses) == len(addresses):
         return None
     return next((i for i in np.flatnonzero(addresses == 0).tolist() if tensors[i].numel()), None)
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    try:
-        return list(map(_version_of, tensors))
-    except RuntimeError:  # inference tensors count no versions
-        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _first_difference(now: Sequence[Any], then: Sequence[Any]) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from asyncckpt.engine.arena import Arena
 from asyncckpt.errors import SnapshotError, TornSnapshotError
+from asyncckpt.state.sight import Sight
 from asyncckpt.state.snapshot import Copier, Copy
 
 pytestmark = [
@@ -48,6 +49,10 @@ class Flat:
     structure: Structure
     tensors: tuple[torch.Tensor, ...]
     overlappable: tuple[bool, ...]
+
+    @property
+    def sight(self) -> Sight:
+        return Sight.of(self.tensors)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

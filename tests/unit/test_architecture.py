@@ -20,7 +20,7 @@ ROOMS = [
     {"store"},
     {"engine"},
     {"state"},
-    {"save", "saver", "launch", "restore", "restoring", "run", "export", "progress"},
+    {"save", "saver", "launch", "restore", "run", "export", "progress"},
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]
@@ -49,7 +49,7 @@ AUDITED_READER = "state/statefile.py"
 EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "os.system", "os.popen"}
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 60
-LONG_MODULES = {"engine/client.py": 340, "engine/service.py": 340, "saver.py": 340}  # may only shrink
+LONG_MODULES = {"saver.py": 315}  # the front door: half of it says what its keywords mean; may only shrink
 LONG_FUNCTIONS: dict[str, int] = {}  # file:function -> lines; may only shrink
 
 PUBLIC_NAMES = {

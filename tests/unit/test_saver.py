@@ -94,7 +94,7 @@ def test_the_report_tells_where_time_and_bytes_went(url):
     assert report.encode_s > 0
     assert report.skipped is None
     kinds = [type(event) for event in seen]
-    assert kinds[0] is events.SaveStaged or events.SaveStaged in kinds
+    assert events.SaveStaged in kinds
     assert kinds.count(events.ShardStored) == 1
     assert kinds[-1] is events.SaveCommitted
 
@@ -356,7 +356,7 @@ def test_a_torn_snapshot_fails_its_save_and_the_next_ones_are_eager(url):
     with pytest.raises(errors.TornSnapshotError, match="optimizer") as raised:
         save.result(PATIENCE_S)
     assert raised.value.step == 1
-    with pytest.warns(RuntimeWarning) if False else warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saver._launcher._copier._before_copy = None
         saver.save(2, training.state)
@@ -372,7 +372,7 @@ def test_prepare_does_ahead_what_the_first_save_would_do(url):
         assert len(saver._launcher._arenas.all()) == 2
         arenas = saver._launcher._arenas.all()
         saver.save(1, training.state)
-        assert saver._launcher._arenas.all() == arenas or set(saver._launcher._arenas.all()) == set(arenas)
+        assert set(saver._launcher._arenas.all()) == set(arenas)
     assert Run(url).latest().step == 1
 
 

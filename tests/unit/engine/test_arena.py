@@ -78,10 +78,10 @@ def test_a_forked_child_holds_neither_the_map_nor_a_descriptor():
 
 def test_a_pool_reuses_an_arena_that_is_large_enough():
     pool = ArenaPool(1, shared=True)
-    arena, replaced = pool.take(10 * PAGE, wait=False)
+    arena, replaced = pool.take(10 * PAGE)
     assert replaced == []
     pool.give_back(arena)
-    again, replaced = pool.take(5 * PAGE, wait=False)
+    again, replaced = pool.take(5 * PAGE)
     assert again is arena
     assert replaced == []
     close_all(pool)
@@ -89,20 +89,20 @@ def test_a_pool_reuses_an_arena_that_is_large_enough():
 
 def test_a_pool_takes_the_smallest_that_fits():
     pool = ArenaPool(2, shared=True)
-    large, _ = pool.take(10 * PAGE, wait=False)
-    small, _ = pool.take(2 * PAGE, wait=False)
+    large, _ = pool.take(10 * PAGE)
+    small, _ = pool.take(2 * PAGE)
     pool.give_back(large)
     pool.give_back(small)
-    assert pool.take(PAGE, wait=False)[0] is small
-    assert pool.take(PAGE, wait=False)[0] is large
+    assert pool.take(PAGE)[0] is small
+    assert pool.take(PAGE)[0] is large
     close_all(pool)
 
 
 def test_an_arena_that_became_too_small_is_handed_out_to_be_closed():
     pool = ArenaPool(1, shared=True)
-    small, _ = pool.take(PAGE, wait=False)
+    small, _ = pool.take(PAGE)
     pool.give_back(small)
-    large, replaced = pool.take(2 * PAGE, wait=False)
+    large, replaced = pool.take(2 * PAGE)
     assert replaced == [small]
     assert large.bytes >= 2 * PAGE
     assert pool.all() == [large]
@@ -112,22 +112,22 @@ def test_an_arena_that_became_too_small_is_handed_out_to_be_closed():
 
 def test_there_are_never_more_arenas_than_agreed():
     pool = ArenaPool(2, shared=True)
-    first, second = (pool.take(PAGE, wait=False)[0] for _ in range(2))
-    assert pool.take(PAGE, wait=False) is None
-    assert pool.take(PAGE, wait=True, timeout=0.01) is None
+    first, second = (pool.take(PAGE)[0] for _ in range(2))
+    assert pool.take(PAGE) is None
+    assert not pool.wait_free(0.01)
     assert pool.in_flight == 2
     pool.give_back(first)
     assert pool.in_flight == 1
-    assert pool.take(PAGE, wait=False)[0] is first
+    assert pool.take(PAGE)[0] is first
     assert {arena.number for arena in pool.all()} == {first.number, second.number}
     close_all(pool)
 
 
 def test_a_waiting_take_gets_the_arena_that_comes_back():
     pool = ArenaPool(1, shared=True)
-    arena, _ = pool.take(PAGE, wait=False)
+    arena, _ = pool.take(PAGE)
     got = []
-    thread = threading.Thread(target=lambda: got.append(pool.take(PAGE, wait=True, timeout=30)[0]))
+    thread = threading.Thread(target=lambda: got.append(pool.wait_free(30) and pool.take(PAGE)[0]))
     thread.start()
     pool.give_back(arena)
     thread.join(30)
@@ -137,13 +137,13 @@ def test_a_waiting_take_gets_the_arena_that_comes_back():
 
 def test_a_state_that_memory_cannot_hold_leaves_the_pool_as_it_was():
     pool = ArenaPool(1, shared=True)
-    small, _ = pool.take(PAGE, wait=False)
+    small, _ = pool.take(PAGE)
     pool.give_back(small)
     before = open_descriptors()
     with pytest.raises((OSError, ValueError, OverflowError, MemoryError)):
-        pool.take(2**62, wait=False)
+        pool.take(2**62)
     assert open_descriptors() == before
-    assert pool.take(PAGE, wait=False)[0] is small
+    assert pool.take(PAGE)[0] is small
     close_all(pool)
 
 

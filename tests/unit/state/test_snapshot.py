@@ -368,8 +368,9 @@ def test_a_freed_storage_is_refused_by_its_path_instead_of_read(overlap: bool, c
     model, optimizer = trained()
     rig = Rig({"model": model, "optimizer": optimizer}, copier)
     model[2].weight.untyped_storage().resize_(0)
+    flat = rig._flattener.flatten(rig.state)
     with pytest.raises(UnsupportedTensorError, match=r"model/2\.weight"):
-        copier.copy(rig.flat, rig.plan, rig.arena, overlap=overlap, started_s=0.0, then=rig.then.append)
+        copier.copy(flat, rig.plan, rig.arena, overlap=overlap, started_s=0.0, then=rig.then.append)
     assert rig.then == []
     rig.close()
 

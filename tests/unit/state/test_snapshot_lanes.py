@@ -10,8 +10,8 @@ import torch
 from asyncckpt.errors import SnapshotError, TornSnapshotError
 from asyncckpt.state.hook import gate
 from asyncckpt.state.parts import LanePart, Part, Parts, Work
+from asyncckpt.state.sight import Sight
 from asyncckpt.state.snapshot import Copier, Copy
-from asyncckpt.state.witness import addresses_of
 from tests.snapshots import PATIENCE_S, Rig, in_thread
 
 
@@ -59,7 +59,7 @@ class Deviced:
         parts = Parts(Part(), Part(), (LanePart(torch.device("cpu"), Part(), members),), members, None)
         targets = copier._views.of(self.rig.arena, self.rig.plan)
         self.work = Work(parts, self.rig.flat.tensors, targets, self.rig.arena, [lane], self.rig.flat.structure.path)  # type: ignore[list-item]
-        self.work.watch(addresses_of(self.rig.flat.tensors), np.random.default_rng())
+        self.work.watch(Sight.of(self.rig.flat.tensors), np.random.default_rng())
         self.copy = Copy(self.work, copier._clock, copier._clock())
         gate.open()
         gate.enter(self.copy)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from asyncckpt.state.witness import Layout, Witnesses, addresses_of, draw, freed
+from asyncckpt.state.sight import Sight, addresses_of
+from asyncckpt.state.witness import Layout, Witnesses, draw, freed
 
 ALIGN = 64
 
@@ -23,7 +24,7 @@ class Copied:
         )
         self.random = np.random.default_rng(seed)
         self.copy()
-        self.witnesses = Witnesses(self.tensors, addresses_of(self.tensors), self.layout, self.random)
+        self.witnesses = Witnesses(self.tensors, Sight.of(self.tensors), self.layout, self.random)
 
     def copy(self) -> None:
         for tensor, offset in zip(self.tensors, self.offsets, strict=False):

@@ -1,0 +1,71 @@
+"""The store goes away in the middle of a save and comes back."""
+
+import time
+
+import pytest
+
+import asyncckpt
+from asyncckpt import Run, Saver, events
+from tests.processes import PATIENCE_S, eventually
+from tests.trainers import s3
+from tests.training import Training, assert_same
+
+
+@pytest.mark.parametrize("outage_s", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_the_save_completes_and_training_never_stops(proxy, s3_url, outage_s):
+    seen = []
+    training = Training().step(2)
+    longest_step_s = 0.0
+    with Saver(s3_url, store=s3(proxy.url), hooks=[seen.append], when_full="skip") as saver:
+        saver.save(1, training.state).result(PATIENCE_S)
+        proxy.delay_s = 0.02  # so that the outage falls into the middle
+        save = saver.save(2, training.state)
+        expected = training.facts()
+        proxy.down = True
+        proxy.delay_s = 0.0
+        steps, began_s = 0, time.monotonic()
+        while time.monotonic() - began_s < outage_s:
+            started_s = time.monotonic()
+            training.step()
+            steps += 1
+            longest_step_s = max(longest_step_s, time.monotonic() - started_s)
+        assert not save.done()
+        assert [event for event in seen if isinstance(event, events.StoreRetried)]
+        proxy.down = False
+        report = save.result(PATIENCE_S)
+    assert report.skipped is None
+    assert report.retries > 0
+    assert steps > 10 * outage_s
+    assert longest_step_s < 1.0
+    other = Training(seed=5).step()
+    assert asyncckpt.restore(s3_url, other.state, store=s3(proxy.url)).step == 2
+    assert_same(other.facts(), expected)
+
+
+def test_an_answer_to_the_commit_that_is_lost_is_one_checkpoint(proxy, moto_endpoint, s3_url):
+    """The record's put took effect and the connection broke: our own record is found, and no second one is made."""
+    training = Training().step()
+    with Run(s3_url, store=s3(moto_endpoint)) as beside, Saver(s3_url, store=s3(proxy.url)) as saver:
+        saver.save(1, training.state).result(PATIENCE_S)
+        proxy.delay_s = 0.15
+        save = saver.save(2, training.state)
+        eventually(lambda: beside.latest().step == 2, "the record stands")
+        proxy.drop_responses = 1  # its answer is still on the way
+        proxy.delay_s = 0.0
+        report = save.result(PATIENCE_S)
+        assert proxy.drop_responses == 0
+        assert report.retries > 0
+        assert report.skipped is None, "our own commit was taken for somebody else's"
+        assert [checkpoint.step for checkpoint in beside.checkpoints()] == [1, 2]
+        beside.latest().verify()
+
+
+def test_a_store_that_is_down_from_the_start_holds_the_first_save_only(proxy, s3_url):
+    proxy.down = True
+    training = Training().step()
+    with Saver(s3_url, store=s3(proxy.url)) as saver:
+        save = saver.save(1, training.state)
+        eventually(lambda: proxy.connections > 3, "it asks again and again")
+        assert not save.done()
+        proxy.down = False
+        assert save.result(PATIENCE_S).retries > 0

@@ -1,0 +1,221 @@
+"""What forked trainers do (see `tests.warm`). Each is a script with the store's URL as its first argument."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from asyncckpt import RetryPolicy, S3Options, Saver, errors
+from asyncckpt.engine.spawn import EngineOptions
+from tests.processes import PATIENCE_S
+from tests.training import Training, numbered
+from tests.warm import tell
+
+FAST = RetryPolicy(deadline_s=60.0, first_wait_s=0.02, max_wait_s=0.1)
+
+
+class TunedSaver(Saver):
+    """A Saver whose engine loses its patience sooner."""
+
+    def __init__(self, url: Any, *, engine_options: dict[str, Any] | None = None, **options: Any) -> None:
+        self._tuning = engine_options or {}
+        super().__init__(url, **options)
+
+    def _engine_options(self) -> EngineOptions:
+        return replace(super()._engine_options(), **self._tuning)
+
+
+def s3(endpoint: str | None) -> S3Options | None:
+    return S3Options(endpoint_url=endpoint, retry=FAST) if endpoint else None
+
+
+def _saver(url: str, endpoint: str | None, **options: Any) -> Saver:
+    return Saver(url, store=s3(endpoint), **options)
+
+
+def _tell_service(saver: Saver) -> None:
+    tell(service=saver._launcher._engine.pid)
+
+
+def wait_for_ever() -> None:
+    while True:
+        signal.pause()
+
+
+def save_and_wait(url: str, endpoint: str | None) -> None:
+    """Hands step 1 over and lives on."""
+    saver = _saver(url, endpoint)
+    saver.save(1, numbered(1))
+    _tell_service(saver)
+    tell(saved=1)
+    wait_for_ever()
+
+
+def save_and_die(url: str, endpoint: str | None) -> None:
+    """Is killed the moment that `save()` returns; the service is not even up."""
+    saver = _saver(url, endpoint)
+    saver.save(1, numbered(1))
+    _tell_service(saver)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Numbers(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def save_with_loader_workers(url: str, endpoint: str | None) -> None:
+    """Loader workers are forked before and after the save, so they may hold whatever a fork inherits."""
+    saver = _saver(url, endpoint)
+    early = iter(DataLoader(Numbers(), num_workers=1, prefetch_factor=2))
+    next(early)
+    saver.save(1, numbered(1))
+    late = iter(DataLoader(Numbers(), num_workers=1, prefetch_factor=2))
+    next(late)
+    _tell_service(saver)
+    tell(loaders=[child.pid for child in multiprocessing.active_children()])
+    tell(saved=1)
+    wait_for_ever()
+
+
+def exit_normally(url: str, endpoint: str | None) -> None:
+    saver = _saver(url, endpoint)
+    training = Training().step()
+    saver.save(1, {**training.state, **numbered(1)})  # overlapped: staged only later
+    _tell_service(saver)
+
+
+def exit_by_sys_exit(url: str, endpoint: str | None) -> None:
+    saver = _saver(url, endpoint)
+    saver.save(1, numbered(1))
+    _tell_service(saver)
+    sys.exit(3)
+
+
+def exit_by_exception(url: str, endpoint: str | None) -> None:
+    sys.stderr = open(os.devnull, "w")
+    with _saver(url, endpoint) as saver:
+        saver.save(1, numbered(1))
+        _tell_service(saver)
+        raise RuntimeError("the loss is NaN")
+
+
+def exit_at_once(url: str, endpoint: str | None) -> None:
+    saver = _saver(url, endpoint)
+    saver.save(1, numbered(1))
+    _tell_service(saver)
+    os._exit(7)
+
+
+def train_until_interrupted(url: str, endpoint: str | None) -> None:
+    os.setpgid(0, 0)
+    sys.stderr = open(os.devnull, "w")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _saver(url, endpoint) as saver:
+        saver.save(1, numbered(1))
+        _tell_service(saver)
+        tell(saved=1)
+        wait_for_ever()
+
+
+def fork_with_a_saver(url: str, endpoint: str | None) -> None:
+    """Children use the Saver; the parent goes on."""
+    with _saver(url, endpoint) as saver:
+        saver.save(1, numbered(1))
+        pid = os.fork()
+        if pid == 0:
+            _use_in_child(saver)
+            return  # through the rest of the interpreter's exit, atexit and all
+        tell(forked_status=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        process = multiprocessing.get_context("fork").Process(target=_use_in_child, args=(saver,))
+        process.start()
+        process.join(PATIENCE_S)
+        tell(process_status=process.exitcode)
+        saver.save(2, numbered(2))
+        saver.wait(PATIENCE_S)
+    tell(went_on=True)
+
+
+def _use_in_child(saver: Saver) -> None:
+    refused = 0
+    calls = (
+        lambda: saver.save(9, numbered(9)),
+        saver.wait,
+        saver.wait_staged,
+        lambda: saver.restore({}),
+        lambda: saver.prepare({}),
+        saver.close,
+    )
+    for call in calls:
+        try:
+            call()
+        except errors.ForkedSaverError:
+            refused += 1
+    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)]
+    if refused != len(calls) or any("asyncckpt" in target for target in held):
+        os._exit(9)
+
+
+def _exists(fd: str) -> bool:
+    try:
+        os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return False
+    return True
+
+
+def fork_during_saves(url: str, endpoint: str | None) -> None:
+    """Forks at many moments of saves, and grandchildren too."""
+    with _saver(url, endpoint) as saver:
+        training = Training().step()
+        for step in range(1, 11):
+            saver.save(step, training.state)
+            pid = os.fork()
+            if pid == 0:
+                grandchild = os.fork()
+                if grandchild == 0:
+                    os._exit(0)
+                os.waitpid(grandchild, 0)
+                training.step()  # the hook must not wait for a copy that is the parent's
+                os._exit(0)
+            training.step()
+            tell(child=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        saver.wait(PATIENCE_S)
+    tell(went_on=True)
+
+
+def yield_the_core(url: str) -> None:
+    """How fast a main loop is beside a worker on its own core, over how fast it is alone; alternating windows."""
+    core = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    state = {"x": torch.randn(12_000_000)}
+    with Saver(url, workers=1) as saver:
+        saver.save(0, state).result()
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for step in range(1, 100):
+            if len(rates[True]) == 9:
+                break
+            save = saver.save(step, state)
+            beside = _loop_rate()
+            if not save.done():
+                rates[True].append(beside)
+            save.result()
+            rates[False].append(_loop_rate())
+    tell(rates=[sorted(rates[True]), sorted(rates[False])])
+
+
+def _loop_rate(window_s: float = 0.15) -> float:
+    turns, started = 0, time.perf_counter()
+    while (now := time.perf_counter()) - started < window_s:
+        sum(range(2000))
+        turns += 1
+    return turns / (now - started)
