@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.proxy import Proxy
 from tests.servers import ACCESS_KEY, SECRET_KEY, moto_server, rclone_server
+from tests.warm import Warm
 
 # Before anything makes a client, and inherited by every child process: never the credentials of who runs the tests.
 for _name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
@@ -54,6 +56,26 @@ def s3_bucket(moto_endpoint: str) -> str:
 def rclone_bucket(rclone_endpoint: str) -> str:
     """Name of a fresh bucket on the rclone server."""
     return make_bucket(rclone_endpoint)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Forks trainers from a process that has imported torch."""
+    with Warm() as started:
+        yield started
+
+
+@pytest.fixture
+def proxy(moto_endpoint: str) -> Iterator[Proxy]:
+    """In front of a real S3 server; `down` holds every save in the middle."""
+    with Proxy(moto_endpoint) as started:
+        yield started
+
+
+@pytest.fixture
+def s3_url(s3_bucket: str) -> str:
+    """Where the checkpoints of a test go."""
+    return f"s3://{s3_bucket}/run"
 
 
 def make_bucket(endpoint_url: str) -> str:

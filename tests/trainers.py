@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from asyncckpt import RetryPolicy, S3Options, Saver, errors
+from asyncckpt import KeepLast, RetryPolicy, S3Options, Saver, errors
 from asyncckpt.engine.spawn import EngineOptions
+from asyncckpt.events import SaveCommitted
 from tests.processes import PATIENCE_S
-from tests.training import Training, numbered
+from tests.training import Training, fingerprint, numbered
 from tests.warm import tell
 
 FAST = RetryPolicy(deadline_s=60.0, first_wait_s=0.02, max_wait_s=0.1)
@@ -219,3 +220,24 @@ def _loop_rate(window_s: float = 0.15) -> float:
         sum(range(2000))
         turns += 1
     return turns / (now - started)
+
+
+def train_for_ever(url: str, endpoint: str | None, noise_bytes: int) -> None:
+    """Resumes, trains, saves every step; tells every step's fingerprint before it saves, and every commit."""
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, SaveCommitted):
+            tell(committed=event.report.step)
+
+    training = Training()
+    noise = torch.zeros(noise_bytes, dtype=torch.uint8)
+    with _saver(url, endpoint, keep=[KeepLast(3)], hooks=[on_event]) as saver:
+        restored = saver.restore({**training.state, "noise": noise})
+        training.steps = restored.step if restored else 0
+        tell(restored=training.steps, fingerprint=fingerprint([training.facts(), noise]))
+        while True:
+            training.step()
+            noise.random_(generator=torch.Generator().manual_seed(training.steps))
+            tell(step=training.steps, fingerprint=fingerprint([training.facts(), noise]))
+            saver.save(training.steps, {**training.state, "noise": noise})
+            _tell_service(saver)

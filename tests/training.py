@@ -1,5 +1,6 @@
 """A tiny real training run, and exact comparison of two."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -109,3 +110,25 @@ def assert_numbered(loaded: dict[str, Any], step: int, elements: int = 50_000) -
     for number in range(3):
         expected = torch.full((elements,), float(step * 10 + number))
         assert torch.equal(loaded["weights"][f"w{number}"], expected), f"weights/w{number} of step {step}"
+
+
+def fingerprint(value: Any) -> str:
+    """Of every byte, type and name."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            found.update(item.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, dict):
+            for key in item:
+                found.update(repr(key).encode())
+                add(item[key])
+        elif isinstance(item, list | tuple):
+            for one in item:
+                add(one)
+        else:
+            found.update(repr(item).encode())
+
+    add(value)
+    return found.hexdigest()

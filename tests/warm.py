@@ -124,6 +124,9 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     from tests import trainers
+    from tests.training import Training
+
+    Training().step()  # imports what torch imports late
 
     wake, write = os.pipe()
     os.set_blocking(write, False)

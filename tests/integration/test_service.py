@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 import asyncckpt
 from asyncckpt import Run, Saver, errors, events
@@ -83,6 +84,22 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_save_commits(held_sav
     assert saver._launcher._engine.pid == service
     assert not alive(worker)
     assert_numbered(restored(proxy, s3_url), 1)
+
+
+def test_one_of_two_workers_killed_costs_only_its_own_tasks(proxy, s3_url, seen):
+    state = {f"group{number}": torch.full((100_000,), float(number)) for number in range(6)}
+    proxy.down = True
+    with TunedSaver(s3_url, store=s3(proxy.url), hooks=[seen], workers=2) as saver:
+        save = saver.save(1, state)
+        service = saver._launcher._engine.pid
+        workers = eventually(lambda: len(children(service)) == 2 and children(service), "two workers work")
+        kill(workers[0])
+        eventually(lambda: seen.of(events.WorkerReplaced), "the service notices", 5)
+        assert alive(workers[1])
+        proxy.down = False
+        save.result(PATIENCE_S)
+    loaded = restored(proxy, s3_url)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_a_worker_that_hangs_is_replaced_and_the_save_commits(held_saver, proxy, s3_url, seen):

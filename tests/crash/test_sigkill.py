@@ -1,0 +1,129 @@
+"""SIGKILL at many moments of a save. Each trainer resumes where the one before was killed.
+
+Afterwards every checkpoint that is listed restores bit for bit, none that was acknowledged is missing, and the run is,
+step by step, the run that was never killed.
+"""
+
+import signal
+import time
+
+import torch
+
+import asyncckpt
+from asyncckpt import Run, RetryPolicy, S3Options
+from tests.processes import alive, descendants, ended_at_last, eventually, kill
+from tests.proxy import Proxy
+from tests.training import Training, fingerprint
+
+MOMENTS = 20
+NOISE_BYTES = 3_000_000
+
+
+class Chain:
+    """One run, killed again and again."""
+
+    def __init__(self, warm, url, endpoint=None):
+        self.warm, self.url, self.endpoint = warm, url, endpoint
+        self.store = S3Options(endpoint_url=endpoint, retry=RetryPolicy(deadline_s=30)) if endpoint else None
+        self.fingerprints = {}
+        self.committed = 0
+        self.outcomes = []
+
+    def kill_at(self, delay_s, *, everything):
+        """A trainer resumes, saves, and is killed `delay_s` after it called `save()` for the third time."""
+        trainer = self.warm.start("train_for_ever", self.url, self.endpoint, NOISE_BYTES)
+        restored = trainer.report("restored")
+        self.check_restored(restored, trainer.report("fingerprint"))
+        target = restored + 3
+        service = trainer.report("service")
+        with ended_at_last(trainer.pid, service):
+            eventually(lambda: any(line.get("step") == target for line in trainer.lines), f"step {target} is saved")
+            moment = time.perf_counter() + delay_s
+            while time.perf_counter() < moment:
+                pass
+            if everything:
+                self.kill_everything(trainer, service)
+            else:
+                trainer.kill()
+            assert trainer.end() == -signal.SIGKILL
+            eventually(lambda: not alive(service), "the service has finished and is gone")
+        self.remember(trainer)
+        self.outcomes.append(self.check_store())
+
+    def kill_everything(self, trainer, service):
+        doomed = [trainer.pid, service, *descendants(service)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: nobody sees another one die
+            for pid in doomed:
+                kill(pid, number)
+        for pid in [service, *descendants(service)]:
+            eventually(lambda pid=pid: not alive(pid), f"{pid} is dead")
+
+    def remember(self, trainer):
+        for line in trainer.lines:
+            if "step" in line:
+                known = self.fingerprints.setdefault(line["step"], line["fingerprint"])
+                assert known == line["fingerprint"], f"step {line['step']} went another way after a restart"
+            self.committed = max(self.committed, line.get("committed", 0))
+
+    def check_restored(self, step, found):
+        assert step >= self.committed, f"step {self.committed} was acknowledged, and {step} was restored"
+        assert step == 0 or self.fingerprints[step] == found, f"step {step} was not restored as it was"
+
+    def check_store(self):
+        """The newest checkpoint restores bit for bit; returns its step."""
+        with Run(self.url, store=self.store) as run:
+            newest = run.latest().step
+        assert newest >= self.committed, f"step {self.committed} was acknowledged; the newest is {newest}"
+        self.check_step(newest)
+        return newest
+
+    def check_step(self, step):
+        training, noise = Training(seed=9).step(), torch.zeros(NOISE_BYTES, dtype=torch.uint8)
+        asyncckpt.restore(self.url, {**training.state, "noise": noise}, step=step, store=self.store)
+        assert fingerprint([training.facts(), noise]) == self.fingerprints[step], f"step {step} differs"
+
+    def check_all(self):
+        """Whatever is listed is whole, and no more is there than retention leaves."""
+        with Run(self.url, store=self.store) as run:
+            checkpoints = run.checkpoints()
+            for checkpoint in checkpoints:
+                checkpoint.verify()
+                self.check_step(checkpoint.step)
+        assert 1 <= len(checkpoints) <= 5
+        assert self.outcomes == sorted(self.outcomes)
+
+
+def moments(count, longest_s):
+    return [longest_s * number / (count - 1) for number in range(count)]
+
+
+def test_the_trainer_is_killed_at_twenty_moments_of_a_save(warm, tmp_path):
+    chain = Chain(warm, str(tmp_path))
+    for delay_s in moments(MOMENTS, 0.1):
+        chain.kill_at(delay_s, everything=False)
+    chain.check_all()
+
+
+def test_trainer_service_and_workers_are_killed_together_at_twenty_moments_of_a_save(warm, tmp_path):
+    chain = Chain(warm, str(tmp_path))
+    for delay_s in moments(MOMENTS, 0.1):
+        chain.kill_at(delay_s, everything=True)
+    chain.check_all()
+    targets = [before + 3 for before in [0, *chain.outcomes[:-1]]]
+    missed = [after < target for after, target in zip(chain.outcomes, targets, strict=True)]
+    assert any(missed), "every kill came behind the commit"
+    assert not all(missed), "every kill came before the commit"
+    with Run(tmp_path) as run:
+        recorded = {f"step-{checkpoint.step:010d}" for checkpoint in run.checkpoints()}
+    leftovers = {path.name for path in tmp_path.glob("step-*") if path.is_dir()} - recorded
+    unfinished = list(tmp_path.glob(".asyncckpt-unfinished/*"))
+    assert leftovers or unfinished, "nothing was cut off in the middle"
+
+
+def test_trainer_service_and_workers_are_killed_together_beside_s3(warm, moto_endpoint, s3_bucket):
+    with Proxy(moto_endpoint) as proxy:
+        proxy.delay_s = 0.003
+        chain = Chain(warm, f"s3://{s3_bucket}/run", proxy.url)
+        for delay_s in moments(6, 0.5):
+            chain.kill_at(delay_s, everything=True)
+        chain.check_all()

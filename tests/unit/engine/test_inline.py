@@ -1,0 +1,131 @@
+"""The in-process engine, without a Saver around it."""
+
+import threading
+
+import pytest
+
+from asyncckpt import KeepLast, errors, events
+from asyncckpt.engine.arena import Arena
+from asyncckpt.engine.inline import InlineEngine
+from asyncckpt.engine.job import SaveJob
+from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
+from asyncckpt.restore import load
+from asyncckpt.state.statefile import write_state
+from asyncckpt.store.memory import MemoryStore
+from tests.faulty import FaultyStore
+
+PATIENCE_S = 15.0
+
+
+class Answers:
+    """A listener that keeps what it hears."""
+
+    def __init__(self):
+        self.ends = {}
+        self.events = []
+        self.changed = threading.Condition()
+
+    def ended(self, number, outcome, error):
+        with self.changed:
+            assert number not in self.ends, "answered twice"
+            self.ends[number] = (outcome, error)
+            self.changed.notify_all()
+
+    def event(self, event):
+        self.events.append(event)
+
+    def of(self, number):
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.ends, PATIENCE_S), f"save {number} got no answer"
+            return self.ends[number]
+
+
+class Rig:
+    def __init__(self, store, keep=()):
+        tensors = tuple(TensorSpec(0, f"t{number}", "float32", (1000,)) for number in range(3))
+        tree = {"dict": {"m": {"dict": {f"t{number}": "tensor" for number in range(3)}}}}
+        self.plan = plan(Structure((Group("m", "m"),), tensors, (), tree), codec="none")
+        self.answers = Answers()
+        self.arena = Arena.create(1, self.plan.arena_bytes, shared=False)
+        self.engine = InlineEngine(store, keep, self.answers)
+
+    def submit(self, number, step=None, **fields):
+        step = number if step is None else step
+        job = SaveJob(number, step, f"aaaaaaaa-{number:06d}", 1, 1, "none", time_s=0.0, **fields)
+        self.engine.submit(job, self.plan, self.arena, write_state({}))
+
+    def close(self):
+        self.engine.close()
+        self.arena.close()
+
+
+@pytest.fixture
+def rig():
+    made = Rig(MemoryStore())
+    yield made
+    made.close()
+
+
+def test_saves_are_committed_one_after_the_other(rig):
+    for number in range(1, 6):
+        rig.submit(number)
+        assert rig.engine.holds(number) or number in rig.answers.ends
+    for number in range(1, 6):
+        assert rig.answers.of(number)[0].result == "committed"
+        assert not rig.engine.holds(number)
+
+
+def test_close_finishes_what_was_handed_over_and_ends_every_thread():
+    before = threading.active_count()
+    store = MemoryStore()
+    rig = Rig(store)
+    for number in range(1, 4):
+        rig.submit(number)
+    rig.close()
+    assert sorted(rig.answers.ends) == [1, 2, 3]
+    assert threading.active_count() == before
+    assert load("memory://", step=3, store=store)["m"]["t0"].shape == (1000,)
+
+
+def test_progress_and_retention_are_told():
+    rig = Rig(MemoryStore(), keep=(KeepLast(1),))
+    rig.submit(1)
+    rig.answers.of(1)
+    rig.submit(2)
+    rig.close()
+    stored = [event for event in rig.answers.events if isinstance(event, events.ShardStored)]
+    assert [(event.step, event.shards_done, event.shards) for event in stored] == [(1, 1, 1), (2, 1, 1)]
+    assert events.CheckpointsRemoved((1,)) in rig.answers.events
+
+
+def test_a_failure_of_the_store_is_the_answer_of_its_save_alone():
+    rig = Rig(FaultyStore(MemoryStore(), {1}, operations={"put"}, error=lambda: errors.DiskFullError("full")))
+    rig.submit(1)
+    assert isinstance(rig.answers.of(1)[1], errors.DiskFullError)
+    rig.submit(2)
+    assert rig.answers.of(2)[0].result == "committed"
+    rig.close()
+
+
+def test_an_error_that_nobody_foresaw_becomes_the_answer_of_its_save():
+    class Odd(MemoryStore):
+        def put(self, key, data, *, if_absent=False):
+            raise ZeroDivisionError("a bug in somebody's store")
+
+    rig = Rig(Odd())
+    rig.submit(1)
+    _, error = rig.answers.of(1)
+    assert isinstance(error, errors.CheckpointError)
+    assert "ZeroDivisionError: a bug in somebody's store" in str(error)
+    rig.close()
+
+
+def test_a_bug_in_the_engine_fails_the_saves_and_does_not_leave_them_waiting(rig, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.engine, "_do", lambda task: 1 / 0)
+        rig.submit(1)
+        _, error = rig.answers.of(1)
+    assert isinstance(error, errors.WorkerDiedError)
+    assert "ZeroDivisionError" in str(error)
+    rig.submit(2)
+    assert rig.answers.of(2)[0].result == "committed"
