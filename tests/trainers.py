@@ -103,7 +103,7 @@ def exit_by_sys_exit(url: str, endpoint: str | None) -> None:
 
 
 def exit_by_exception(url: str, endpoint: str | None) -> None:
-    sys.stderr = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with _saver(url, endpoint) as saver:
         saver.save(1, numbered(1))
         _tell_service(saver)
@@ -119,7 +119,7 @@ def exit_at_once(url: str, endpoint: str | None) -> None:
 
 def train_until_interrupted(url: str, endpoint: str | None) -> None:
     os.setpgid(0, 0)
-    sys.stderr = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with _saver(url, endpoint) as saver:
         saver.save(1, numbered(1))

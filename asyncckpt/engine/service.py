@@ -45,6 +45,8 @@ class Service:
         """Serve until the trainer is gone or has closed, and every save has its answer."""
         self._tell({"op": "ready"})
         while self._trainer is not None or not self._schedule.idle:
+            self._dispatch()  # first: saves may have come with the greeting
+            self._watch()
             for key, mask in self._selector.select(self._timeout()):
                 if key.data == "trainer":
                     self._trainer_ready(mask)
@@ -52,8 +54,6 @@ class Service:
                     self._trainer_died()
                 else:
                     self._seat_ready(key.data, mask)
-            self._dispatch()
-            self._watch()
         for seat in list(self._seats):
             self._dismiss(seat)
         deadline_s = time.monotonic() + _REAP_S

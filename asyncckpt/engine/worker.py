@@ -20,6 +20,7 @@ from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
 from asyncckpt.engine.wire import Channel, read_memory_file
 from asyncckpt.events import StoreRetried
+from asyncckpt.format.digest import DIGEST_BYTES
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import KeepRule, S3Options
 from asyncckpt.store.base import Store
@@ -85,14 +86,14 @@ class TaskRunner:
         self, task: int, job: SaveJob, receipts: Sequence[ShardReceipt], arena: memoryview, state: bytes
     ) -> None:
         """Write state, index and record."""
-        layout = self.plan(job)
-        chunks = sum(len(shard.chunks) for shard in layout.shards)
-        digests = bytes(arena[layout.digests_offset : layout.digests_offset + 32 * chunks])
-        self._beside(
-            task,
-            job,
-            lambda: commit.commit(self._store, job, layout, receipts=receipts, digests=digests, state=state).to_json(),
-        )
+
+        def work() -> dict[str, Any]:
+            layout = self.plan(job)
+            digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.chunk_count])
+            outcome = commit.commit(self._store, job, layout, receipts=receipts, digests=digests, state=state)
+            return outcome.to_json()
+
+        self._beside(task, job, work)
 
     def check(self, task: int, job: SaveJob) -> None:
         """Is the step taken?"""

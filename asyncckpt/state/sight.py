@@ -57,28 +57,55 @@ class Makeup:
     shapes: list[torch.Size] = field(default_factory=list)
     devices: list[torch.device] = field(default_factory=list)
     layouts: list[torch.layout] = field(default_factory=list)
+    contiguous: bool = True
+    _guard: Any = None
 
     def look(self, tensors: Sequence[torch.Tensor]) -> tuple[bool, Sight]:
         """Is all as it was? If not, what is seen now is remembered. Either way what was seen of addresses and versions."""
         count = len(tensors)
+        guarded = self._guard is not None and count == len(self.dtypes) and self._guard.check(*tensors)
+        same = guarded or count == len(self.dtypes)
+        contiguous = self.contiguous if guarded else True
         addresses = np.empty(count, np.int64)
         versions: list[int | None] = []
-        same, contiguous = count == len(self.dtypes), True
         for start in range(0, count, _AT_ONCE):
-            some, stop = tensors[start : start + _AT_ONCE], start + _AT_ONCE
-            same = same and (
-                list(map(_dtype_of, some)) == self.dtypes[start:stop]
-                and all(map(eq, map(torch.Tensor.size, some), self.shapes[start:stop]))
-                and list(map(_device_of, some)) == self.devices[start:stop]
-                and list(map(_layout_of, some)) == self.layouts[start:stop]
-            )
-            addresses[start:stop] = addresses_of(some)
+            some = tensors[start : start + _AT_ONCE]
+            if not guarded:
+                same = same and self._as_before(some, start)
+                contiguous = contiguous and all(map(torch.Tensor.is_contiguous, some))
+            addresses[start : start + _AT_ONCE] = addresses_of(some)
             versions += versions_of(some)
-            contiguous = contiguous and all(map(torch.Tensor.is_contiguous, some))
-        if not same:
-            self.dtypes, self.shapes = list(map(_dtype_of, tensors)), [tensor.shape for tensor in tensors]
-            self.devices, self.layouts = list(map(_device_of, tensors)), list(map(_layout_of, tensors))
+        if not guarded:
+            self._remember(tensors, contiguous)
         return same, Sight(addresses, versions, contiguous)
+
+    def _as_before(self, some: Sequence[torch.Tensor], start: int) -> bool:
+        stop = start + len(some)
+        return (
+            list(map(_dtype_of, some)) == self.dtypes[start:stop]
+            and all(map(eq, map(torch.Tensor.size, some), self.shapes[start:stop]))
+            and list(map(_device_of, some)) == self.devices[start:stop]
+            and list(map(_layout_of, some)) == self.layouts[start:stop]
+        )
+
+    def _remember(self, tensors: Sequence[torch.Tensor], contiguous: bool) -> None:
+        self.dtypes, self.shapes = list(map(_dtype_of, tensors)), [tensor.shape for tensor in tensors]
+        self.devices, self.layouts = list(map(_device_of, tensors)), list(map(_layout_of, tensors))
+        self.contiguous = contiguous
+        self._guard = _guard(tensors)
+
+
+def _guard(tensors: Sequence[torch.Tensor]) -> Any:
+    """torch.compile's own check of kind, dtype, device, sizes and strides: all tensors in one call, 45 ns each instead of 260.
+
+    It holds no reference. None where this torch has it not, or not for these tensors: then Python compares.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards  # noqa: PLC0415 - private: its absence must not matter
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except Exception:  # noqa: BLE001 - whatever it is, there is another way
+        return None
 
 
 def addresses_of(tensors: Sequence[torch.Tensor]) -> Integers:

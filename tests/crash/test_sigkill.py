@@ -10,7 +10,7 @@ import time
 import torch
 
 import asyncckpt
-from asyncckpt import Run, RetryPolicy, S3Options
+from asyncckpt import RetryPolicy, Run, S3Options
 from tests.processes import alive, descendants, ended_at_last, eventually, kill
 from tests.proxy import Proxy
 from tests.training import Training, fingerprint
@@ -124,6 +124,6 @@ def test_trainer_service_and_workers_are_killed_together_beside_s3(warm, moto_en
     with Proxy(moto_endpoint) as proxy:
         proxy.delay_s = 0.003
         chain = Chain(warm, f"s3://{s3_bucket}/run", proxy.url)
-        for delay_s in moments(6, 0.5):
+        for delay_s in moments(5, 0.5):
             chain.kill_at(delay_s, everything=True)
         chain.check_all()

@@ -47,11 +47,11 @@ def s3_that_answers(status, code):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
-
         def log_message(self, *args):
             pass
 
+    for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
+        setattr(Refuser, f"do_{method}", Refuser.answer)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuser)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -63,7 +63,7 @@ def test_a_piped_script_ends_at_once_and_its_own_copy_of_the_package_finishes_th
     service = int(said["service"])
     with ended_at_last(service):
         assert alive(service), "the store is still down, and tee has ended nevertheless"
-        eventually(lambda: (folder / "asyncckpt/engine/served").exists(), "the service imported the copy")
+        eventually((folder / "asyncckpt/engine/served").exists, "the service imported the copy")
         proxy.down = False
         store = s3(proxy.url)
         with Run(s3_url, store=store) as run:

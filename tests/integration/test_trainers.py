@@ -8,7 +8,7 @@ import pytest
 
 import asyncckpt
 from asyncckpt import Run
-from tests.processes import PATIENCE_S, alive, children, ended_at_last, eventually, kill
+from tests.processes import alive, children, ended_at_last, eventually, kill
 from tests.trainers import s3
 from tests.training import assert_numbered
 
@@ -43,7 +43,7 @@ def test_a_trainer_killed_after_it_handed_over_is_committed_with_live_loader_wor
 
 def test_a_trainer_killed_the_moment_save_returned_is_committed(warm, tmp_path):
     """Its service is not even up: the trainer is dead and reaped when it reads the first message."""
-    for number in range(5):
+    for number in range(3):
         url = str(tmp_path / str(number))
         trainer = warm.start("save_and_die", url, None)
         assert trainer.end() == -signal.SIGKILL

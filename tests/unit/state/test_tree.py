@@ -402,3 +402,26 @@ def test_a_bottomless_tree_is_called_corrupt():
         tree = {kind: [tree] if kind == "list" else {"a": tree}}
     with pytest.raises(CorruptCheckpointError):
         unflatten(tree, torch.zeros, {})
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_tensor_that_changes_its_makeup_under_the_same_object_is_seen_with_and_without_the_guard(
+    guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not guarded:
+        monkeypatch.setattr("asyncckpt.state.sight._guard", lambda _: None)
+    tensors = [torch.randn(4, 6) for _ in range(600)]
+    flattener = Flattener()
+    first = flattener.flatten({"model": {str(i): tensor for i, tensor in enumerate(tensors)}}).structure
+    changes = [torch.randn(6, 4), torch.randn(4, 6, dtype=torch.float64), tensors[3].data[:2], torch.randn(4, 6)]
+    state = {"model": {str(i): tensor for i, tensor in enumerate(tensors)}}
+    assert flattener.flatten(state).structure is first
+    for at, change in zip((0, 599, 3, 250), changes, strict=True):
+        tensors[at].data = change
+        flat = flattener.flatten(state)
+        assert flat.structure.tensors[at].shape == tuple(change.shape)
+        assert flat.structure.tensors[at].dtype == str(change.dtype).removeprefix("torch.")
+        assert flat.sight.addresses[at] == change.data_ptr()
+        assert flat.sight.versions == [tensor._version for tensor in tensors]
+    tensors[7].data = torch.randn(6, 4).t()
+    assert not flattener.flatten(state).sight.contiguous
