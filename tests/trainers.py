@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from asyncckpt import KeepLast, RetryPolicy, S3Options, Saver, errors
 from asyncckpt.engine.spawn import EngineOptions
 from asyncckpt.events import SaveCommitted
-from tests.processes import PATIENCE_S
+from tests.processes import PATIENCE_S, descendants
 from tests.training import Training, fingerprint, numbered
 from tests.warm import tell
 
@@ -194,32 +195,28 @@ def fork_during_saves(url: str, endpoint: str | None) -> None:
     tell(went_on=True)
 
 
-def yield_the_core(url: str) -> None:
-    """How fast a main loop is beside a worker on its own core, over how fast it is alone; alternating windows."""
+def share_a_core(url: str) -> None:
+    """A main loop that never waits, on one core with its service and worker: who got how many CPU seconds of it."""
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     state = {"x": torch.randn(12_000_000)}
+    ours_s = theirs_s = 0.0
     with Saver(url, workers=1) as saver:
         saver.save(0, state).result()
-        rates: dict[bool, list[float]] = {True: [], False: []}
-        for step in range(1, 100):
-            if len(rates[True]) == 9:
-                break
+        service = saver._launcher._engine.pid
+        for step in range(1, 4):
             save = saver.save(step, state)
-            beside = _loop_rate()
-            if not save.done():
-                rates[True].append(beside)
-            save.result()
-            rates[False].append(_loop_rate())
-    tell(rates=[sorted(rates[True]), sorted(rates[False])])
+            before = time.thread_time(), _cpu_of_all_s(service)
+            while not save.done():
+                sum(range(2000))
+            ours_s += time.thread_time() - before[0]
+            theirs_s += _cpu_of_all_s(service) - before[1]
+    tell(cpu_s=[ours_s, theirs_s])
 
 
-def _loop_rate(window_s: float = 0.15) -> float:
-    turns, started = 0, time.perf_counter()
-    while (now := time.perf_counter()) - started < window_s:
-        sum(range(2000))
-        turns += 1
-    return turns / (now - started)
+def _cpu_of_all_s(service: int) -> float:
+    tasks = (task for pid in (service, *descendants(service)) for task in Path(f"/proc/{pid}/task").iterdir())
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def train_for_ever(url: str, endpoint: str | None, noise_bytes: int) -> None:
