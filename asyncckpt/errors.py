@@ -52,7 +52,9 @@ class CheckpointError(Exception):
         self.attempt = attempt
 
     def __str__(self) -> str:
-        facts = [f"{name} {value}" for name, value in (("step", self.step), ("key", self.key)) if value is not None]
+        facts = [
+            f"{name} {value}" for name, value in (("step", self.step), ("key", self.key)) if value not in (None, "")
+        ]
         return f"{self.message} [{', '.join(facts)}]" if facts else self.message
 
     def at(self, *, step: int | None = None, key: str | None = None, attempt: str | None = None) -> Self:

@@ -21,7 +21,8 @@ from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.events import SaveReport
 from asyncckpt.format.plan import Plan, Structure, plan
-from asyncckpt.options import Codec, OnExists
+from asyncckpt.options import Codec
+from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier, Copy
@@ -32,19 +33,6 @@ _MAX_STRUCTURES = 8
 
 Engine = ServiceEngine | InlineEngine
 StartEngine = Callable[[Listener, Callable[[], str]], Engine]
-
-
-@dataclass(frozen=True, slots=True)
-class SaveRequest:
-    """What the caller says about one save, beside the state."""
-
-    step: int
-    metrics: Mapping[str, float]
-    epoch: int | None
-    tags: tuple[str, ...]
-    pinned: bool
-    on_exists: OnExists
-    config: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +220,9 @@ class Launcher:
             codec=self._codec,
             time_s=time.time(),
             epoch=request.epoch,
-            metrics=request.metrics,
+            metrics=request.numbers(),
             config=request.config,
-            tags=request.tags,
+            tags=tuple(request.tags),
             pinned=request.pinned,
             versions=_versions(),
             world_size=world_size(),

@@ -127,3 +127,9 @@ def check_choices(**choices: Any) -> None:
     for name, choice in choices.items():
         if choice not in allowed[name]:
             raise ValueError(f"{name} is one of {allowed[name]}, not {choice!r}")
+
+
+def check_rules(keep: Any) -> None:
+    """`TypeError` unless it is a sequence of rules of retention."""
+    if not isinstance(keep, list | tuple) or not all(isinstance(rule, KeepLast | KeepEvery) for rule in keep):
+        raise TypeError(f"keep is a list of asyncckpt.KeepLast and asyncckpt.KeepEvery, not {keep!r}")

@@ -103,6 +103,10 @@ def restore_from(
     store: Store, state: Any, *, step: StepChoice = "latest", strict: bool = True, hooks: events.Hooks = SILENT
 ) -> Outcome:
     """`restore` from an open store; without a checkpoint (or one that `Best` can choose from) nothing is restored."""
+    if not isinstance(state, Mapping):
+        raise errors.StateMismatchError(
+            f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
+        )
 
     def read(number: int) -> Restored:
         record = read_record(store, number)

@@ -176,6 +176,8 @@ class Run:
 
     def get(self, step: int) -> Checkpoint:
         """The one of this step, also if it is marked as damaged; `CheckpointNotFoundError` if there is none."""
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"get() takes a step's number, not {step!r}; latest() and best() choose one")
         checkpoint = Checkpoint(self._store, step)
         _ = checkpoint.record
         return checkpoint

@@ -20,13 +20,24 @@ from asyncckpt.engine.retention import recorded_steps
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.events import SaveReport
 from asyncckpt.format.record import check_config
-from asyncckpt.launch import Launcher, SaveRequest
-from asyncckpt.options import Codec, EngineName, KeepRule, OnExists, S3Options, StepChoice, WhenFull, check_choices
+from asyncckpt.launch import Launcher
+from asyncckpt.options import (
+    Codec,
+    EngineName,
+    KeepRule,
+    OnExists,
+    S3Options,
+    StepChoice,
+    WhenFull,
+    check_choices,
+    check_rules,
+)
+from asyncckpt.request import SaveRequest
 from asyncckpt.restore import Restored, restore_from
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state.ranks import rank
 from asyncckpt.store.base import Store
-from asyncckpt.store.opening import open_store
+from asyncckpt.store.opening import open_store, parse_url
 
 _LOG = logging.getLogger("asyncckpt")
 _savers: "set[Saver]" = set()  # those with an engine and not closed: dropped ones finish their saves too
@@ -78,7 +89,10 @@ class Saver:
         if pending < 1 or (workers is not None and workers < 1):
             raise ValueError("pending and workers are at least 1")
         check_config(config)
-        self.url = os.fspath(url)
+        check_rules(keep)
+        if store is not None and not isinstance(store, S3Options | Store):
+            raise TypeError(f"store is asyncckpt.S3Options(...) or a Store, not {type(store).__name__}")
+        self.url = os.fspath(url) if isinstance(store, Store) else str(parse_url(url))
         self._when_full = when_full
         self._on_exists: OnExists = on_exists
         self._config = config
@@ -126,7 +140,7 @@ class Saver:
         """
         started_s = time.perf_counter()
         self._check_usable()
-        request = self._request(step, metrics, epoch, tags, pin=pin)
+        request = SaveRequest(step, metrics or {}, epoch, tags, pin, self._on_exists, self._config)
         self._ledger.report_earlier(step)
         if rank() != 0:
             save = Save(step, 0, started_s)
@@ -235,18 +249,6 @@ class Saver:
         self._check_process()
         if self._closed:
             raise errors.CheckpointError("this Saver is closed")
-
-    def _request(
-        self, step: int, metrics: Mapping[str, float] | None, epoch: int | None, tags: Sequence[str], *, pin: bool
-    ) -> SaveRequest:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**10:
-            raise ValueError(
-                f"step is the number of optimizer steps completed, a whole number below 10**10, not {step!r}"
-            )
-        if isinstance(tags, str):
-            raise TypeError("tags is a sequence of strings, not one string")
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
-        return SaveRequest(step, numbers, epoch, tuple(tags), pin, self._on_exists, self._config)
 
     def _full(self, step: int, started_s: float) -> Save:
         reason = f"all {self._launcher.pending} snapshot(s) are in flight"

@@ -64,10 +64,21 @@ def reading(store: Store, step: int) -> Iterator[None]:
         raise
 
 
+def check_choice(choice: StepChoice) -> None:
+    """`ValueError` unless it is a number, "latest" or `Best`."""
+    if (
+        choice != "latest"
+        and not isinstance(choice, Best)
+        and (isinstance(choice, bool) or not isinstance(choice, int))
+    ):
+        raise ValueError(f'step is a whole number, "latest" or asyncckpt.Best(metric), not {choice!r}')
+
+
 def _candidates(
     store: Store, choice: StepChoice, damaged: dict[int, errors.CheckpointError], hooks: events.Hooks
 ) -> list[int]:
     """Steps to try, best first, without the damaged ones."""
+    check_choice(choice)
     if isinstance(choice, int):
         return [choice]
     found = find_checkpoints(store)

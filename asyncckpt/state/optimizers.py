@@ -4,6 +4,7 @@
 the tensors it is given. It still runs, for its checks, hooks and defaults; then the state is put right.
 """
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from asyncckpt.format import keys
 from asyncckpt.state.copying import Getter, copy_exact, private
-from asyncckpt.state.tree import stored, unflatten
+from asyncckpt.state.tree import entries_of, stored, unflatten
 
 if TYPE_CHECKING:
     from asyncckpt.state.matching import Matching
@@ -39,6 +40,7 @@ class OptimizerLoad:
             )
             return
         for at, group in enumerate(optimizer.param_groups):
+            _compare_options(group, groups[at], f"{path}/param_groups/{keys.escape(at)}", match)
             below = f"{path}/param_groups/{keys.escape(at)}/params"
             ids = stored(self._values, below)
             if len(ids) != len(group["params"]):
@@ -78,7 +80,8 @@ class OptimizerLoad:
         ids = chain.from_iterable(group["params"] for group in final["param_groups"])
         for group in optimizer.param_groups:
             hosted = bool(group.get("fused") or group.get("capturable"))  # torch keeps `step` beside these parameters
-            for number, parameter in zip(ids, group["params"], strict=False):
+            # the parameters first: at a group's end zip must not take an id that belongs to the next group
+            for parameter, number in zip(group["params"], ids, strict=False):
                 if number in final["state"] and parameter in optimizer.state:
                     old = before.get(parameter, {})
                     _put_right(optimizer.state[parameter], final["state"][number], old, parameter, hosted=hosted)
@@ -96,6 +99,16 @@ class OptimizerLoad:
             states[key] = unflatten(node, given, self._values, f"{path}/state/{name}")
         groups = unflatten(inner["param_groups"], copies, self._values, f"{path}/param_groups")
         return {"state": states, "param_groups": groups}
+
+
+def _compare_options(group: Mapping[str, Any], node: Any, path: str, match: "Matching") -> None:
+    """Options that only one side has come and go with torch's versions; when both sides have some, the kinds of optimizer differ."""
+    saved = set(entries_of(node, path) or ())
+    ours = {keys.escape(key) for key in group}
+    if ours - saved and saved - ours:
+        match.unexpected(
+            f"{path} ({', '.join(sorted(saved - ours))}; the state's optimizer has {', '.join(sorted(ours - saved))})"
+        )
 
 
 def _put_right(

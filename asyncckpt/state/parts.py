@@ -48,8 +48,8 @@ class LanePart:
 class Parts:
     """A state, cut. `now` is copied before `copy()` returns, `later` and the lanes' `later` overlap.
 
-    `watched`: all that overlaps, which nobody may write meanwhile; `layout` of it, for the witness words, if it is in host
-    memory.
+    `watched`: what nobody may write meanwhile: all that overlaps or, where nothing does, all of host memory, which other
+    threads might write. `layout` of it, for the witness words, if it is in host memory.
     """
 
     now: Part
@@ -57,6 +57,11 @@ class Parts:
     lanes: tuple[LanePart, ...]
     watched: Part
     layout: Layout | None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether anything is left to copy behind the caller's back."""
+        return bool(self.later.members) or any(lane.later.members for lane in self.lanes)
 
 
 _HOST_ONLY = not (torch.backends.cuda.is_built() or torch.backends.mps.is_built() or torch.xpu._is_compiled())
@@ -87,8 +92,9 @@ def cut(flat: "Flat", plan: "Plan", *, overlap: bool) -> Parts:
         else:
             now.append(i)
     cut_lanes = tuple(LanePart(device, Part(tuple(at)), Part(tuple(then))) for device, (at, then) in lanes.items())
-    watched = [i for lane in cut_lanes for i in lane.later.members] or later
-    layout = _layout(plan, later) if later else None
+    on_lanes = [i for lane in cut_lanes for i in lane.later.members]
+    watched = on_lanes or later or [i for i in now if flat.tensors[i].is_cpu]
+    layout = None if on_lanes or not watched else _layout(plan, watched)
     return Parts(Part(tuple(now)), Part(tuple(later)), cut_lanes, Part(tuple(watched)), layout)
 
 

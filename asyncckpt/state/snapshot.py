@@ -97,11 +97,12 @@ class Copy:
             _LOG.exception("what follows a snapshot failed")
 
     def run_here(self) -> None:
-        """On the caller's thread: nothing can come between, so nothing is checked. Raises what goes wrong."""
+        """On the caller's thread: only other threads can come between. Raises what goes wrong, but sets `error` for a torn copy."""
         assert self._work is not None
         with torch.no_grad():
             self._work.copy()
             self._work.synchronize()
+        self._check(self._work, arena=self._work.arena)
         self._finish()
 
     def into(self, arena: Arena) -> bool:
@@ -140,9 +141,9 @@ class Copy:
             if found is not None:
                 member, what = found
                 self.error = TornSnapshotError(
-                    f"this tensor {what} behind the optimizer hook while an overlapped snapshot copied it, so the copy "
-                    "may be of two moments; nothing of this save is stored. Write parameters and optimizer state in "
-                    "Optimizer.step() only, call wait_staged() before any other write, or choose overlap=False",
+                    f"this tensor {what} while the snapshot copied it, so the copy may be of two moments; nothing of this save "
+                    "is stored. Write parameters and optimizer state in Optimizer.step() only, on the thread that saves, and "
+                    "call wait_staged() before any other write (with overlap=False the copy is complete when save() returns)",
                     key=work.path(work.parts.watched.members[member]),
                 )
 
@@ -206,9 +207,12 @@ class Copier:
         try:
             work = self._work(flat, plan, arena, overlap=overlap)
             copy = Copy(work, self._clock, started_s)
+            overlaps = work.parts.overlaps and self._has_thread()
+            if not overlaps:
+                work.watch(flat.sight, self._random)
             with torch.no_grad():
                 work.start()
-            if work.parts.watched.members and self._has_thread():
+            if overlaps:
                 work.before_copy = self._before_copy
                 work.watch(flat.sight, self._random)
                 gate.enter(copy)

@@ -167,6 +167,8 @@ class LocalStore(Store):
         except FileExistsError:
             return
         except FileNotFoundError:
+            if folder.parent.exists():
+                raise  # /proc and the like: no folder can be made there
             self._make_folder(folder.parent)
             self._make_folder(folder)
         self._synced.discard(folder)

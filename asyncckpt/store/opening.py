@@ -17,6 +17,7 @@ from asyncckpt.store.memory import MemoryStore
 from asyncckpt.store.retry import RetryingStore
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_MISTYPED = re.compile(r"(s3|file|memory)//", re.IGNORECASE)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _FORMS = "s3://bucket/prefix, file:///path, a plain path, or memory://name"
 
@@ -70,6 +71,8 @@ def parse_url(url: str | os.PathLike[str]) -> Location:
     if not text or "\0" in text:
         raise ValueError(f"no place for checkpoints: {text!r}; give {_FORMS}")
     scheme = _SCHEME.match(text) if isinstance(url, str) else None
+    if scheme is None and _MISTYPED.match(text):
+        raise ValueError(f"a colon is missing in {text!r}; give {_FORMS}, or ./{text} if it is a folder")
     if scheme is None:
         return Location("file", str(Path(text).expanduser().absolute()))
     rest = text[scheme.end() :]

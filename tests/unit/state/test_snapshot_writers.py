@@ -1,7 +1,9 @@
 """Whoever writes to an overlapped tensor while it is copied: the bytes of `save()`, or TornSnapshotError. Never a third."""
 
 import copy as copying
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from asyncckpt.errors import TornSnapshotError
 from asyncckpt.state import hook
 from asyncckpt.state.snapshot import Copier
 from tests.snapshots import PATIENCE_S, Moment, Rig, in_thread
@@ -345,3 +348,26 @@ def test_a_torn_snapshot_spoils_only_itself() -> None:
     rig.assert_exact(rig.save(overlap=False))
     copier.close()
     rig.close()
+
+
+def test_an_eager_copy_that_another_thread_writes_into_is_torn_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{i}": torch.zeros(1000) for i in range(50)}
+    copier = Copier()
+    rig = Rig({"model": tensors}, copier)
+    copy_all = torch._foreach_copy_
+
+    def write_meanwhile(targets: Any, sources: Any, **options: Any) -> None:
+        writer = threading.Thread(target=lambda: [tensor.data.fill_(1.0) for tensor in tensors.values()])
+        copy_all(targets[:25], sources[:25], **options)
+        writer.start()
+        writer.join()
+        copy_all(targets[25:], sources[25:], **options)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", write_meanwhile)
+    copy = rig.save(overlap=False)
+    assert isinstance(copy.error, TornSnapshotError)
+    assert copy.done()
+    monkeypatch.undo()
+    rig.assert_exact(rig.save(overlap=False))
+    rig.close()
+    copier.close()

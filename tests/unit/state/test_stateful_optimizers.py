@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+import asyncckpt
 from asyncckpt.errors import StateMismatchError
 from tests.unit.state.pocket import Pocket, snapshot
 
@@ -219,3 +220,38 @@ def test_two_optimizers_over_one_model_come_back():
     Pocket.of(states[0]).restore(states[1])
     assert target.seen() == source.seen()
     assert snapshot(states[0]["second"].state_dict()) == snapshot(states[1]["second"].state_dict())
+
+
+def test_every_parameter_of_every_group_gets_its_own_state_back() -> None:
+    def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.ModuleDict(
+            {"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3), "c": torch.nn.Linear(3, 3)}
+        )
+        decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+        groups = [{"params": decayed[:1]}, {"params": plain, "weight_decay": 0.0}, {"params": decayed[1:], "lr": 0.5}]
+        return model, torch.optim.AdamW(groups, lr=1e-2)
+
+    model, optimizer = build()
+    for number, parameter in enumerate(model.parameters(), 1):
+        parameter.grad = torch.full_like(parameter, float(number))
+    optimizer.step()
+    with asyncckpt.Saver("memory://groups-of-parameters") as saver:
+        saver.save(1, {"model": model, "optimizer": optimizer})
+    fresh, other = build()
+    asyncckpt.restore("memory://groups-of-parameters", {"model": fresh, "optimizer": other})
+    for old, new in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert set(optimizer.state[old]) == set(other.state[new])
+        assert all(torch.equal(optimizer.state[old][name], other.state[new][name]) for name in optimizer.state[old])
+    assert [group["lr"] for group in other.param_groups] == [1e-2, 1e-2, 0.5]
+
+
+def test_the_state_of_another_kind_of_optimizer_is_a_mismatch() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with asyncckpt.Saver("memory://another-kind-of-optimizer") as saver:
+        saver.save(1, {"optimizer": optimizer})
+    other = torch.optim.SGD(model.parameters(), lr=7.0)
+    with pytest.raises(asyncckpt.errors.StateMismatchError, match="betas"):
+        asyncckpt.restore("memory://another-kind-of-optimizer", {"optimizer": other})
+    assert other.param_groups[0]["lr"] == 7.0
