@@ -28,6 +28,7 @@ from asyncckpt.store.opening import open_store
 
 BEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
@@ -153,6 +154,7 @@ class _Worker:
         pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
         self._runner = TaskRunner(store, rules, pipeline, self._answer)
         self._arenas: dict[int, mmap.mmap] = {}
+        self._open: set[int] = set()  # tasks without an answer
 
     def serve(self) -> None:
         while (messages := self._channel.receive()) is not None:
@@ -186,6 +188,7 @@ class _Worker:
 
     def _on_task(self, message: dict[str, Any], fds: list[int]) -> None:
         task, job = message["task"], SaveJob.from_json(message["job"])
+        self._open.add(task)
         if message["kind"] == "shard":
             self._runner.shard(task, job, message["shard"], memoryview(self._arenas[job.arena]))
         elif message["kind"] == "commit":
@@ -197,6 +200,10 @@ class _Worker:
     def _answer(self, task: int, kind: str, data: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
             self._channel.send({"op": kind, "task": task, "data": data})
+        if kind in ("done", "failed"):
+            self._open.discard(task)
+            if not self._open:
+                _give_back_freed_memory()
 
     def _retried(self, event: StoreRetried) -> None:
         data = {name: getattr(event, name) for name in StoreRetried.__slots__}
@@ -205,7 +212,7 @@ class _Worker:
 
 def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepRule], service_pid: int) -> None:
     """The life of a forked worker; never returns to the service's code."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != service_pid:
         os._exit(1)
     close_all_but(sock.fileno())
@@ -217,14 +224,19 @@ def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepR
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc reuse the frames' memory instead of giving it back: each page would be zeroed and mapped again at the next frame.
+    """Within a save malloc reuses the frames' memory: given back, each page would be zeroed and mapped again at the next frame.
 
     60,000 page faults a GB less; what is kept is bounded by the bytes in flight.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(_M_MMAP_THRESHOLD, _MALLOC_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, IN_FLIGHT_BYTES)
+    if hasattr(_libc, "mallopt"):  # glibc
+        _libc.mallopt(_M_MMAP_THRESHOLD, _MALLOC_BYTES)
+        _libc.mallopt(_M_TRIM_THRESHOLD, IN_FLIGHT_BYTES)
+
+
+def _give_back_freed_memory() -> None:
+    """Between saves nothing is kept: memory stays flat, whatever the largest save had in flight."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def close_all_but(keep: int) -> None:

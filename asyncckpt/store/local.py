@@ -162,15 +162,17 @@ class LocalStore(Store):
         self._sync_folders(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            return
-        except FileNotFoundError:
-            if folder.parent.exists():
-                raise  # /proc and the like: no folder can be made there
-            self._make_folder(folder.parent)
-            self._make_folder(folder)
+        for last in (*(False,) * _TRIES, True):
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                return
+            except FileNotFoundError:
+                if last:
+                    raise  # /proc and the like: no folder can be made there
+                if not folder.parent.exists():  # else another writer made it since
+                    self._make_folder(folder.parent)
         self._synced.discard(folder)
 
     def _sync_folders(self, folder: Path) -> None:
