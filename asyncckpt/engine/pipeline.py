@@ -125,8 +125,14 @@ class _ShardPut:
 
     def _put_part(self, part: _Part) -> None:
         with self._starting:
+            if self._error is not None:
+                return
             if self._upload is None:
-                self._upload = self._pipeline.store.start_upload(self._key)
+                try:
+                    self._upload = self._pipeline.store.start_upload(self._key)
+                except BaseException as error:
+                    self._fail(error)  # before the next part looks: it must not start another
+                    raise
         self._upload.write(part.number, part.offset, part.data)
 
     def _fail(self, error: BaseException) -> None:
