@@ -30,6 +30,7 @@ class StateSpec:
         return StateSpec(self.name, int(self.raw_bytes * factor), self.parameters, self.dtype, self.adamw)
 
 
+FEW = StateSpec("1 GB in 150 tensors", raw_bytes=10**9, parameters=50)  # weights and both moments; AdamW's steps beside
 DENSE = StateSpec("dense fp32 + AdamW", raw_bytes=10**9, parameters=150)
 SMALL = StateSpec("20,000 tensors of 10 kB", raw_bytes=20_001 * 10_000, parameters=6_667)
 SERIAL = StateSpec("100 MB fp32 + AdamW", raw_bytes=10**8, parameters=150)

@@ -50,7 +50,7 @@ class EngineOptions:
     s3: S3Options | None
     workers: int
     keep: tuple[KeepRule, ...] = ()
-    nice: int = 15
+    nice: int = 19
     hang_s: float = 60.0
     silent_s: float = 90.0
 
