@@ -1,6 +1,7 @@
 """One save from the state to the engine: flatten, plan, take an arena, snapshot, hand over; and the answer's way back."""
 
 import collections
+import contextlib
 import functools
 import itertools
 import platform
@@ -178,9 +179,10 @@ class Launcher:
         flight.copy = copy
         number = flight.save._number
         if copy.error is not None:
-            self.overlap = (
-                False  # somebody writes behind the optimizer: from now on the snapshot is complete when save() returns
-            )
+            if isinstance(copy.error, errors.TornSnapshotError):
+                self.overlap = (
+                    False  # somebody writes behind the optimizer: from now on save() returns with the copy complete
+                )
             self.ended(number, None, copy.error)
             return
         try:
@@ -278,7 +280,8 @@ def _report(flight: _Flight, outcome: CommitOutcome) -> SaveReport:
 def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:
     for arena in arenas:
         arena.touch()
-        copier.prepare(layout, arena)
+        with contextlib.suppress(ValueError):  # closed meanwhile: a larger state took its place
+            copier.prepare(layout, arena)
 
 
 @functools.cache

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncckpt import errors, events, progress
+from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
-from asyncckpt.engine.retention import recorded_steps
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.events import SaveReport
 from asyncckpt.format.record import check_config
@@ -194,9 +194,7 @@ class Saver:
         if rank() == 0:
             for damaged in found.damaged:
                 mark_damaged(self._store, damaged)
-        if found.restored is not None and any(
-            taken > found.restored.step for taken in recorded_steps(self._store) if taken not in found.damaged
-        ):
+        if found.restored is not None and max(find_checkpoints(self._store).good, default=-1) > found.restored.step:
             self._on_exists = "raise"
         return found.restored
 

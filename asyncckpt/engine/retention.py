@@ -25,12 +25,6 @@ def doomed(steps: Iterable[int], rules: Sequence[KeepRule]) -> list[int]:
     return [step for step in ordered if step not in kept]
 
 
-def recorded_steps(store: Store) -> list[int]:
-    """Steps that have a record, sorted; one delimited LIST."""
-    steps = (keys.parse_record_key(entry.key) for entry in store.list(delimiter=True) if not entry.is_prefix)
-    return sorted(step for step in steps if step is not None)
-
-
 def retain(store: Store, rules: Sequence[KeepRule], *, known_pinned: set[int], committed: int) -> list[int]:
     """Remove what no rule keeps; the steps removed. `known_pinned` remembers pinned steps between calls.
 

@@ -500,3 +500,19 @@ def test_retries_are_counted_and_told():
         report = saver.save(1, numbered(1)).result(PATIENCE_S)
     assert report.retries == 2
     assert len([event for event in seen if isinstance(event, events.StoreRetried)]) == 2
+
+
+def test_a_step_set_aside_by_an_earlier_run_is_no_newer_branch(tmp_path):
+    with Saver(tmp_path) as saver:
+        for step in (1, 2):
+            saver.save(step, numbered(step))
+            saver.wait()
+    for shard in tmp_path.glob("step-0000000002/*/*.safetensors*"):
+        shard.write_bytes(b"damaged")
+    with Saver(tmp_path) as saver, pytest.warns(UserWarning, match="passed over"):
+        assert saver.restore(numbered(0)).step == 1
+    with Saver(tmp_path) as saver:
+        assert saver.restore(numbered(0)).step == 1
+        assert saver.save(1, numbered(1)).result().skipped
+        assert not saver.save(2, numbered(2)).result().skipped
+    assert_numbered(asyncckpt.load(tmp_path), 2)

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncckpt import KeepEvery, KeepLast, errors
+from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.commit import mark_damaged
-from asyncckpt.engine.retention import doomed, recorded_steps, retain
+from asyncckpt.engine.retention import doomed, retain
 from asyncckpt.format import keys
 from asyncckpt.restore import load
 from asyncckpt.store.local import LocalStore
@@ -18,6 +19,11 @@ from tests.writer import write_checkpoint
 rules = st.lists(
     st.one_of(st.builds(KeepLast, st.integers(1, 5)), st.builds(KeepEvery, st.integers(1, 50))), max_size=3
 )
+
+
+def recorded_steps(store):
+    found = find_checkpoints(store)
+    return sorted((*found.good, *found.marked))
 
 
 def filled(store, steps, **fields):
