@@ -47,7 +47,8 @@ class _Planned:
 class _Flight:
     save: Save
     arena: Arena
-    job: SaveJob
+    planned: _Planned
+    request: SaveRequest
     copy: Copy | None = None
 
 
@@ -98,14 +99,14 @@ class Launcher:
         save = self._ledger.open(request.step, started_s)
         try:
             engine = self._engine_started()
-            flight = self._flights[save._number] = _Flight(save, arena, self._job(save, planned, arena, request))
+            flight = self._flights[save._number] = _Flight(save, arena, planned, request)
             self._copier.copy(
                 flat,
                 planned.plan,
                 arena,
                 overlap=flat.has_optimizer if self.overlap is None else self.overlap,
                 started_s=started_s,
-                then=lambda copy: self._staged(flight, flat, planned.plan, engine, copy),
+                then=lambda copy: self._staged(flight, flat, engine, copy),
             )
         except BaseException as error:
             self._copier.forget(arena)  # an interrupt may leave a copy in flight
@@ -159,9 +160,9 @@ class Launcher:
             return
         self._arenas.give_back(flight.arena)
         report = None
-        if outcome is not None and outcome.result == "exists" and flight.job.on_exists == "raise":
+        if outcome is not None and outcome.result == "exists" and flight.request.on_exists == "raise":
             error = errors.CheckpointConflictError(
-                "the step exists already, written by another attempt", step=flight.job.step
+                "the step exists already, written by another attempt", step=flight.save.step
             )
         elif outcome is not None:
             self._probed = self._probed or outcome.result == "committed"
@@ -174,7 +175,7 @@ class Launcher:
 
     # -- inside
 
-    def _staged(self, flight: _Flight, flat: Flat, layout: Plan, engine: Engine, copy: Copy) -> None:
+    def _staged(self, flight: _Flight, flat: Flat, engine: Engine, copy: Copy) -> None:
         # on the copy thread, or inside copy() when nothing was overlapped
         flight.copy = copy
         number = flight.save._number
@@ -186,7 +187,7 @@ class Launcher:
             self.ended(number, None, copy.error)
             return
         try:
-            engine.submit(flight.job, layout, flight.arena, write_state(flat.values))
+            engine.submit(self._job(flight), flight.planned.plan, flight.arena, write_state(flat.values))
         except errors.CheckpointError as error:
             self.ended(number, None, error)
             return
@@ -212,9 +213,10 @@ class Launcher:
     def _next_attempt(self) -> str:
         return f"{self._run_id}-{next(self._attempts):06d}"
 
-    def _job(self, save: Save, planned: _Planned, arena: Arena, request: SaveRequest) -> SaveJob:
+    def _job(self, flight: _Flight) -> SaveJob:
+        request, planned, arena = flight.request, flight.planned, flight.arena
         return SaveJob(
-            number=save._number,
+            number=flight.save._number,
             step=request.step,
             attempt=self._next_attempt(),
             structure=planned.number,
@@ -222,7 +224,7 @@ class Launcher:
             codec=self._codec,
             time_s=time.time(),
             epoch=request.epoch,
-            metrics=request.numbers(),
+            metrics=dict(request.metrics),
             config=request.config,
             tags=tuple(request.tags),
             pinned=request.pinned,
@@ -239,7 +241,7 @@ class Launcher:
             self._plans[id(structure)] = known
             if len(self._plans) > _MAX_STRUCTURES:
                 _, oldest = self._plans.popitem(last=False)
-                if self._engine is not None and all(f.job.structure != oldest.number for f in self._flights.values()):
+                if self._engine is not None and all(f.planned is not oldest for f in self._flights.values()):
                     self._engine.forget_structure(oldest.number)
         return known
 

@@ -9,7 +9,10 @@ from asyncckpt.options import OnExists
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """`step`: optimizer steps completed. `metrics`: numbers by name. `ValueError` or `TypeError` for anything else."""
+    """`step`: optimizer steps completed. `metrics`: numbers by name, read now: one-element tensors may change later.
+
+    `ValueError` or `TypeError` for anything else.
+    """
 
     step: int
     metrics: Mapping[str, Any]
@@ -32,8 +35,5 @@ class SaveRequest:
             raise TypeError(f"pin is True or False, not {self.pinned!r}")
         if not isinstance(self.metrics, Mapping) or not all(type(name) is str for name in self.metrics):
             raise TypeError(f"metrics is a dict of names to numbers, not {self.metrics!r}")
-        self.numbers()
-
-    def numbers(self) -> dict[str, float]:
-        """The metrics as floats; one-element tensors are read."""
-        return {name: float(value) for name, value in self.metrics.items()}
+        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
+        object.__setattr__(self, "tags", tuple(self.tags))

@@ -86,14 +86,17 @@ def _start(threads: Sequence[threading.Thread]) -> int:
 
 
 class _Scratch:
-    """Reused memory of one thread."""
+    """Reused memory of one thread.
+
+    A map, not malloc's: freed megabytes stay in the arena of a thread that is gone, and no restore need meet that arena again.
+    """
 
     def __init__(self) -> None:
-        self._memory = memoryview(bytearray())
+        self._memory = memoryview(b"")
 
     def take(self, size_bytes: int) -> memoryview:
         if len(self._memory) < size_bytes:
-            self._memory = memoryview(bytearray(size_bytes))
+            self._memory = anonymous_map(size_bytes)
         return self._memory[:size_bytes]
 
 

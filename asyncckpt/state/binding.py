@@ -29,22 +29,33 @@ class Binding:
     flags: list[bool]  # overlappable, per leaf
     overlappable: tuple[bool, ...]  # per stored tensor
 
-    def holds(self, leaves: list[torch.Tensor], owned: list[int]) -> bool:
-        """Still true for these leaves? A few new tensors that nothing is known of (generator states) are taken in."""
+    def holds(self, leaves: list[torch.Tensor], owned: list[int], moved: list[slice]) -> bool:
+        """Still true for these leaves, of which all outside of `moved` are where and what they were?
+
+        A few new tensors that nothing is known of (generator states) are taken in.
+        """
         if owned != self.owned:
             return False
         if any(_view(leaves[a]) != _view(leaves[b]) for a, b in self.ties if leaves[a] is not leaves[b]):
             return False
-        ids = list(map(id, leaves))
-        if ids == self.ids:
+        new: list[int] = []
+        for where in moved:
+            ids = list(map(id, leaves[where]))
+            if ids != self.ids[where]:
+                new += (
+                    where.start + at
+                    for at, pair in enumerate(zip(self.ids[where], ids, strict=True))
+                    if pair[0] != pair[1]
+                )
+        if not new:
             return True
-        new = [at for at, (known, one) in enumerate(zip(self.ids, ids, strict=True)) if known != one]
         special = {*self.resolved, *chain.from_iterable(self.ties)}
         if len(new) > _FEW or any(self.flags[at] or at in special for at in new):
             return False
         if any(complaint(leaves[at]) or leaves[at].is_conj() or leaves[at].is_neg() for at in new):
             return False
-        self.ids = ids
+        for at in new:
+            self.ids[at] = id(leaves[at])
         return True
 
 

@@ -1,5 +1,6 @@
 """Objects with `state_dict()`: found, unwrapped from their wrappers, and captured."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -35,7 +36,7 @@ def unwrap(thing: Any) -> Any:
             thing = thing.module
         elif is_compiled(type(thing)):
             thing = thing._orig_mod
-        elif attribute := _wrapper_attribute(type(thing)):
+        elif attribute := _wrapper_attribute(thing.__class__):
             thing = getattr(thing, attribute)
         else:
             return thing
@@ -46,6 +47,7 @@ def is_compiled(kind: type) -> bool:
     return kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
 
 
+@functools.lru_cache(maxsize=64)
 def _wrapper_attribute(kind: type) -> str | None:
     for base in kind.__mro__:
         found = _WRAPPERS.get((base.__module__.partition(".")[0], base.__name__))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter, mul
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ import torch
 from asyncckpt.engine.arena import Arena
 from asyncckpt.state.cuda import Lane
 from asyncckpt.state.dtypes import BY_NAME
-from asyncckpt.state.sight import Sight
-from asyncckpt.state.witness import Layout, Witnesses
+from asyncckpt.state.sight import Integers, Sight
+from asyncckpt.state.witness import Ahead, Layout, Witnesses
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
     from asyncckpt.format.plan import Plan
@@ -27,6 +28,10 @@ class Part:
     """Tensors that are copied in one call. `members`: their positions in the state; none of them is empty."""
 
     members: tuple[int, ...] = ()
+    positions: Integers = field(init=False, repr=False, compare=False)  # the same
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positions", np.array(self.members, np.int64))
 
     def of(self, tensors: Tensors) -> list[torch.Tensor]:
         """The members of a list of all tensors."""
@@ -122,6 +127,7 @@ class Work:
     witnesses: Witnesses | None = None
     storages: list[torch.UntypedStorage] = field(default_factory=list)  # stay alive if a tensor gets another one
     before_copy: Callable[[], None] | None = None
+    afterwards: Callable[[], None] | None = None  # holds none of the sources
 
     def start(self) -> None:
         """Copy what must not be overlapped, and order the lanes behind the caller's streams."""
@@ -129,10 +135,13 @@ class Work:
             lane.start(part.now.of(self.targets), part.now.of(self.tensors))
         self._copy_host(self.parts.now)
 
-    def watch(self, sight: Sight, random: np.random.Generator) -> None:
+    def watch(self, sight: Sight, ahead: Ahead) -> None:
         """Take the witnesses."""
-        watched = self.parts.watched
-        self.witnesses = Witnesses(watched.of(self.tensors), sight.only(watched.members), self.parts.layout, random)
+        watched, layout = self.parts.watched, self.parts.layout
+        seen = sight.only(watched.members, watched.positions)
+        self.witnesses = Witnesses(watched.of(self.tensors), seen, layout, ahead)
+        if layout is not None and seen.contiguous:
+            self.afterwards = partial(ahead.draw, layout, seen.addresses)
 
     def copy(self) -> None:
         """Copy the rest: host memory now, devices into their lanes."""

@@ -6,9 +6,9 @@ where one pass per attribute takes 20.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
-from operator import attrgetter, eq, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 Integers = npt.NDArray[np.int64]
+_NONE: Integers = np.empty(0, np.int64)
 _AT_ONCE = 250
-_dtype_of, _device_of, _layout_of = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 version_of = attrgetter("_version")
 
 
@@ -35,64 +35,78 @@ class Sight:
         contiguous = all(map(torch.Tensor.is_contiguous, tensors))
         return cls(addresses_of(tensors), versions_of(tensors), contiguous)
 
-    def only(self, members: Sequence[int]) -> "Sight":
-        """Of some of the tensors, by position."""
+    def only(self, members: Sequence[int], positions: Integers) -> "Sight":
+        """Of some of the tensors, by position, which are given twice: for lists and for arrays."""
         if len(members) == len(self.versions):
             return self
         versions = (
             list(itemgetter(*members)(self.versions)) if len(members) > 1 else [self.versions[i] for i in members]
         )
-        return Sight(self.addresses[list(members)], versions, self.contiguous)
+        return Sight(self.addresses[positions], versions, self.contiguous)
 
     def chosen(self, flags: Sequence[bool]) -> "Sight":
         """Of the flagged tensors."""
         return Sight(self.addresses[np.array(flags, bool)], list(compress(self.versions, flags)), self.contiguous)
 
 
-@dataclass(slots=True)
 class Makeup:
     """What the plan depends on, of each tensor, when it was last seen."""
 
-    dtypes: list[torch.dtype] = field(default_factory=list)
-    shapes: list[torch.Size] = field(default_factory=list)
-    devices: list[torch.device] = field(default_factory=list)
-    layouts: list[torch.layout] = field(default_factory=list)
-    contiguous: bool = True
-    _guard: Any = None
+    def __init__(self) -> None:
+        self._count = -1
+        self._chunks: list[_Chunk] = []
 
-    def look(self, tensors: Sequence[torch.Tensor]) -> tuple[bool, Sight]:
-        """Is all as it was? If not, what is seen now is remembered. Either way what was seen of addresses and versions."""
+    def look(self, tensors: Sequence[torch.Tensor]) -> tuple[bool, list[slice], Sight]:
+        """Is all as it was, and where did anything move? If not, what is seen now is remembered.
+
+        Outside of the slices the memory, kinds, dtypes, sizes, strides and bits of all tensors are those of the last look,
+        even if another object stands for one. And what was seen of addresses and versions.
+        """
         count = len(tensors)
-        guarded = self._guard is not None and count == len(self.dtypes) and self._guard.check(*tensors)
-        same = guarded or count == len(self.dtypes)
-        contiguous = self.contiguous if guarded else True
-        addresses = np.empty(count, np.int64)
+        same = count == self._count
+        chunks = self._chunks if same else [_Chunk() for _ in range(0, count, _AT_ONCE)]
+        self._count = -1  # an exception below leaves nothing that could be taken for seen
+        moved: list[slice] = []
+        addresses: list[Integers] = []
         versions: list[int | None] = []
-        for start in range(0, count, _AT_ONCE):
-            some = tensors[start : start + _AT_ONCE]
-            if not guarded:
-                same = same and self._as_before(some, start)
-                contiguous = contiguous and all(map(torch.Tensor.is_contiguous, some))
-            addresses[start : start + _AT_ONCE] = addresses_of(some)
+        for number, chunk in enumerate(chunks):
+            where = slice(number * _AT_ONCE, (number + 1) * _AT_ONCE)
+            some = tensors[where]
+            as_before, guarded = chunk.look(some)
+            addresses.append(addresses_of(some))
             versions += versions_of(some)
-        if not guarded:
-            self._remember(tensors, contiguous)
-        return same, Sight(addresses, versions, contiguous)
+            same = same and as_before
+            if not chunk.stays(addresses[-1]) or not guarded:
+                moved.append(where)
+        self._count, self._chunks = count, chunks
+        contiguous = all(chunk.contiguous for chunk in chunks)
+        return same, moved, Sight(np.concatenate(addresses) if addresses else _NONE, versions, contiguous)
 
-    def _as_before(self, some: Sequence[torch.Tensor], start: int) -> bool:
-        stop = start + len(some)
-        return (
-            list(map(_dtype_of, some)) == self.dtypes[start:stop]
-            and all(map(eq, map(torch.Tensor.size, some), self.shapes[start:stop]))
-            and list(map(_device_of, some)) == self.devices[start:stop]
-            and list(map(_layout_of, some)) == self.layouts[start:stop]
-        )
 
-    def _remember(self, tensors: Sequence[torch.Tensor], contiguous: bool) -> None:
-        self.dtypes, self.shapes = list(map(_dtype_of, tensors)), [tensor.shape for tensor in tensors]
-        self.devices, self.layouts = list(map(_device_of, tensors)), list(map(_layout_of, tensors))
-        self.contiguous = contiguous
+class _Chunk:
+    """A few hundred tensors, as they were last seen."""
+
+    def __init__(self) -> None:
+        self.contiguous = True
+        self._guard: Any = None
+        self._seen: list[tuple[Any, ...]] = []
+        self._addresses = b""
+
+    def look(self, tensors: Sequence[torch.Tensor]) -> tuple[bool, bool]:
+        """Are they as they were, and was it torch's guard that said so? If not, they are remembered as they are."""
+        if self._guard is not None and self._guard.check(*tensors):
+            return True, True
+        seen = [(t.dtype, t.shape, t.device, t.layout) for t in tensors]
+        same = seen == self._seen
+        self._seen = seen
+        self.contiguous = all(map(torch.Tensor.is_contiguous, tensors))
         self._guard = _guard(tensors)
+        return same, False
+
+    def stays(self, addresses: Integers) -> bool:
+        """Do all stand where they stood? If not, it is remembered where."""
+        before, self._addresses = self._addresses, addresses.tobytes()
+        return before == self._addresses
 
 
 def _guard(tensors: Sequence[torch.Tensor]) -> Any:

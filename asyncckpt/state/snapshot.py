@@ -23,7 +23,7 @@ from asyncckpt.errors import ForkedSaverError, SnapshotError, TornSnapshotError,
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
 from asyncckpt.state.parts import Parts, Views, Work, cut, devices_of
-from asyncckpt.state.witness import freed
+from asyncckpt.state.witness import Ahead, freed
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
     from asyncckpt.format.plan import Plan
@@ -85,6 +85,7 @@ class Copy:
     def run(self, then: "Then") -> None:
         """On the copy thread: copy, check, tell. Never raises."""
         self._thread = threading.get_ident()
+        afterwards = self._work.afterwards if self._work is not None else None
         try:
             self._copy()
         except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it is
@@ -95,6 +96,8 @@ class Copy:
             then(self)
         except Exception:  # noqa: BLE001 - the thread must live on for the next snapshot
             _LOG.exception("what follows a snapshot failed")
+        if afterwards is not None:
+            afterwards()
 
     def run_here(self) -> None:
         """On the caller's thread: only other threads can come between. Raises what goes wrong, but sets `error` for a torn copy."""
@@ -168,7 +171,7 @@ class Copier:
         before_copy: Callable[[], None] | None = None,
     ) -> None:
         self._clock = clock
-        self._random = random or np.random.default_rng()
+        self._ahead = Ahead(random or np.random.default_rng())
         self._before_copy = before_copy
         self._views = Views()
         self._pins = cuda.Pins()
@@ -209,12 +212,12 @@ class Copier:
             copy = Copy(work, self._clock, started_s)
             overlaps = work.parts.overlaps and self._has_thread()
             if not overlaps:
-                work.watch(flat.sight, self._random)
+                work.watch(flat.sight, self._ahead)
             with torch.no_grad():
                 work.start()
             if overlaps:
                 work.before_copy = self._before_copy
-                work.watch(flat.sight, self._random)
+                work.watch(flat.sight, self._ahead)
                 gate.enter(copy)
                 self._jobs.put((copy, then))
                 return copy

@@ -1,6 +1,6 @@
 """A training state as a tree: its tensors, its plain values, and a description of the containers; and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any
@@ -13,6 +13,7 @@ from asyncckpt.format import keys
 from asyncckpt.format.plan import Group, Structure, TensorSpec
 from asyncckpt.state.binding import Binding, bind
 from asyncckpt.state.dtypes import NAMES, complaint
+from asyncckpt.state.packing import Seen, Segment
 from asyncckpt.state.sight import Makeup, Sight
 from asyncckpt.state.walk import (
     KIND_NAMES,
@@ -34,7 +35,7 @@ class Description:
         self.tensors: list[tuple[str | int, str]] = []
         """Top-level key and full path."""
         self.values: list[str] = []
-        self._tokens = iter(tokens)
+        self._tokens = iter(_spread(tokens))
         self._top: str | int = ""
         self.tree = self._node("", depth=0)
 
@@ -67,6 +68,15 @@ class Description:
                 self._top = key
             entries[name] = self._node(f"{path}/{name}" if depth else name, depth=depth + 1)
         return entries
+
+
+def _spread(tokens: list[Any]) -> Iterator[Any]:
+    """Segments token by token."""
+    for token in tokens:
+        if type(token) is Segment:
+            yield from token
+        else:
+            yield token
 
 
 def _escaped(key: Any, path: str) -> tuple[str | int, str]:
@@ -183,6 +193,7 @@ class Flattener:
 
     def __init__(self) -> None:
         self._tokens: list[Any] = []
+        self._seen: list[Seen | None] = []
         self._makeup = Makeup()
         self._description: Description | None = None
         self._structure: Structure | None = None
@@ -198,19 +209,20 @@ class Flattener:
         """
         if not isinstance(state, Mapping):
             raise UnsupportedObjectError(f"the state is a dict of what to save, not {type(state).__name__}")
-        walk = Walk(state)
+        walk = Walk(state, self._seen)
+        self._seen = walk.seen
         leaves = walk.leaves
         if self._description is None or walk.tokens != self._tokens:
             self._description = Description(walk.tokens)
             self._tokens, self._structure, self._binding = walk.tokens, None, None
         try:
-            same, sight = self._makeup.look(leaves)
+            same, moved, sight = self._makeup.look(leaves)
         except (RuntimeError, NotImplementedError):  # nested tensors have no shape, sparse ones no address
             self._check(leaves)
             raise
         if not same:
             self._structure = self._binding = None
-        binding = self._bind(walk)
+        binding = self._bind(walk, moved)
         if self._structure is None:
             self._structure = _structure(self._description, leaves, binding.ties)
         if binding.resolved:
@@ -226,11 +238,11 @@ class Flattener:
             sight=sight.chosen(binding.stored) if binding.ties else sight,
         )
 
-    def _bind(self, walk: Walk) -> Binding:
+    def _bind(self, walk: Walk, moved: list[slice]) -> Binding:
         """Check the live tensors, or only those that took another's place since the last time."""
         old = self._binding
-        owned = list(map(id, walk.parameters()))
-        if old is not None and old.holds(walk.leaves, owned):
+        owned = walk.owned()
+        if old is not None and old.holds(walk.leaves, owned, moved):
             return old
         self._check(walk.leaves)
         self._binding = bind(walk, owned)

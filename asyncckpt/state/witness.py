@@ -87,13 +87,24 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
-    """Words of one size, one of each member: their places in memory and in the arena, and what stood there."""
+class Places:
+    """Where one word of each member stands, all of one size: in memory and in the arena."""
 
     size_bytes: int
     members: Integers
     in_memory: Integers
     in_arena: Integers
+
+    def read(self) -> "Words":
+        """What stands there now."""
+        return Words(self, _MEMORY[self.size_bytes].take(self.in_memory))
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Words, and what stood there."""
+
+    places: Places
     values: npt.NDArray[Any]
 
     def written(self, arena: mmap.mmap) -> int | None:
@@ -103,22 +114,20 @@ class Words:
         copy thread would wait 5 ms for it each time.
         """
         then = tuple(self.values.tolist())
-        for buffer, places in ((_MEMORY[self.size_bytes], self.in_memory), (arena, self.in_arena)):
-            words = _words_of(buffer, self.size_bytes)
-            first, *rest = places.tolist()
+        at = self.places
+        for buffer, numbers in ((_MEMORY[at.size_bytes], at.in_memory), (arena, at.in_arena)):
+            words = _words_of(buffer, at.size_bytes)
+            first, *rest = numbers.tolist()
             now = itemgetter(first, first, *rest)(words)[1:]  # twice: of a single item it makes no tuple
             if now != then:
-                return int(self.members[_first_difference(now, then)])
+                return int(at.members[_first_difference(now, then)])
         return None
 
 
 def draw(
     layout: Layout, addresses: Integers, strides: dict[int, tuple[int, ...]], random: np.random.Generator
-) -> list[Words]:
-    """Read one word of each tensor at a random place. `strides` names the tensors that are not contiguous.
-
-    Beside cold caches every NumPy call costs 5 microseconds, so there are few.
-    """
+) -> list[Places]:
+    """Choose a random word of each tensor. `strides` names the tensors that are not contiguous."""
     drawn = []
     for group in layout.groups_of(addresses, strides):
         size, members = group.size_bytes, group.members
@@ -126,7 +135,7 @@ def draw(
         in_memory = addresses[members] // size + (places - 1)
         if strides:
             _scatter(layout, group, addresses, strides, (in_memory, places))
-        drawn.append(Words(size, members, in_memory, group.begins + places, _MEMORY[size].take(in_memory)))
+        drawn.append(Places(size, members, in_memory, group.begins + places))
     return drawn
 
 
@@ -149,6 +158,25 @@ def _scatter(
         places[among] = elements * element_words
 
 
+class Ahead:
+    """Draws the places of a save's words behind the save before, as most tensors stay where they are: 0.1 ms less of each call."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self._random = random
+        self._drawn: tuple[Layout, bytes, list[Places]] | None = None
+
+    def draw(self, layout: Layout, addresses: Integers) -> None:
+        """Before the next save. For contiguous tensors."""
+        self._drawn = (layout, addresses.tobytes(), draw(layout, addresses, {}, self._random))
+
+    def take(self, layout: Layout, addresses: Integers, strides: dict[int, tuple[int, ...]]) -> list[Places]:
+        """Places that were not used before."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and not strides and drawn[0] is layout and drawn[1] == addresses.tobytes():
+            return drawn[2]
+        return draw(layout, addresses, strides, self._random)
+
+
 class Witnesses:
     """Taken at `save()`, held against the tensors when the copy is complete. The caller keeps the storages alive."""
 
@@ -157,7 +185,7 @@ class Witnesses:
         tensors: Sequence[torch.Tensor],
         sight: Sight,
         layout: Layout | None,
-        random: np.random.Generator,
+        ahead: Ahead,
     ) -> None:
         """`sight`: of these tensors, now. `layout` None: no words, for tensors that are not in host memory."""
         self._tensors = tensors
@@ -168,7 +196,7 @@ class Witnesses:
             strides: dict[int, tuple[int, ...]] = {}
             if not sight.contiguous:
                 strides = {i: tensor.stride() for i, tensor in enumerate(tensors) if not tensor.is_contiguous()}
-            self._words = draw(layout, sight.addresses, strides, random)
+            self._words = [places.read() for places in ahead.take(layout, sight.addresses, strides)]
 
     def difference(self, arena: mmap.mmap | None) -> tuple[int, str] | None:
         """Position of a tensor that somebody wrote, and how it shows; None if nobody did.

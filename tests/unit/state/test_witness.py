@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from asyncckpt.state.sight import Sight, addresses_of
-from asyncckpt.state.witness import Layout, Witnesses, draw, freed
+from asyncckpt.state.witness import Ahead, Layout, Witnesses, draw, freed
 
 ALIGN = 64
 
@@ -24,7 +24,7 @@ class Copied:
         )
         self.random = np.random.default_rng(seed)
         self.copy()
-        self.witnesses = Witnesses(self.tensors, Sight.of(self.tensors), self.layout, self.random)
+        self.witnesses = Witnesses(self.tensors, Sight.of(self.tensors), self.layout, Ahead(self.random))
 
     def copy(self) -> None:
         for tensor, offset in zip(self.tensors, self.offsets, strict=False):
