@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -190,7 +191,8 @@ class Saver:
         step that exists raises, so that a branch is never lost silently; `Run.rewind` takes the newer ones away.
         """
         self._check_usable()
-        found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks)
+        with self._launcher.lent_memory() if rank() == 0 else nullcontext() as memory:
+            found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks, into=memory)
         if rank() == 0:
             for damaged in found.damaged:
                 mark_damaged(self._store, damaged)

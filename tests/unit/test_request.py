@@ -65,3 +65,15 @@ def test_restore_of_a_bare_module_says_what_to_pass(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_local_io_error():
     with asyncckpt.Saver("/proc/asyncckpt") as saver, pytest.raises(asyncckpt.errors.LocalIOError):
         saver.save(1, STATE).result()
+
+
+def test_metrics_and_tags_are_those_of_the_call(tmp_path):
+    loss, tags = torch.tensor(0.5), ["a"]
+    with asyncckpt.Saver(tmp_path, when_full="wait") as saver:
+        save = saver.save(1, {"model": torch.nn.Linear(2, 2)}, metrics={"loss": loss}, tags=tags)
+        loss.fill_(9)
+        tags.append("b")
+        save.result()
+    latest = asyncckpt.Run(tmp_path).latest()
+    assert latest.metrics == {"loss": 0.5}
+    assert list(latest.tags) == ["a"]

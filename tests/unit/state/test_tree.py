@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.errors import CorruptCheckpointError, UnsupportedTensorError
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.state.dtypes import BY_NAME
 from asyncckpt.state.tree import Flattener, unflatten
@@ -425,3 +425,18 @@ def test_a_tensor_that_changes_its_makeup_under_the_same_object_is_seen_with_and
         assert flat.sight.versions == [tensor._version for tensor in tensors]
     tensors[7].data = torch.randn(6, 4).t()
     assert not flattener.flatten(state).sight.contiguous
+
+
+def test_a_look_that_failed_halfway_leaves_nothing_that_is_taken_for_seen():
+    many = [torch.randn(4) for _ in range(600)]
+    state = {"model": {str(at): tensor for at, tensor in enumerate(many)}}
+    flattener = Flattener()
+    before = flattener.flatten(state).structure
+    many[0].data = torch.randn(9)
+    state["model"]["599"] = torch.eye(4).to_sparse()
+    with pytest.raises(UnsupportedTensorError):
+        flattener.flatten(state)
+    state["model"]["599"] = many[599]
+    after = flattener.flatten(state).structure
+    assert after != before
+    assert after.tensors[0].shape == (9,)
