@@ -3,6 +3,7 @@
 Encoding is one pass: a block is digested, gathered or split into planes, and compressed while it is in the cache.
 """
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,9 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 def _scratch() -> memoryview:
     found: memoryview | None = getattr(_of_thread, "scratch", None)
     if found is None:
-        found = _of_thread.scratch = memoryview(bytearray(BLOCK_BYTES))
+        # a map, not malloc's: restores run on new threads each, and glibc keeps in a thread's arena what was freed there
+        memory = mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        found = _of_thread.scratch = memoryview(memory)
     return found
 
 
