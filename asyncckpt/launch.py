@@ -21,11 +21,10 @@ from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.fetch import Provider, anonymous_map
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.events import SaveReport
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import Codec
 from asyncckpt.request import SaveRequest
-from asyncckpt.save import Ledger, Save
+from asyncckpt.save import Ledger, Save, report_of
 from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier, Copy
 from asyncckpt.state.statefile import write_state
@@ -186,7 +185,7 @@ class Launcher:
             )
         elif outcome is not None:
             self._probed = self._probed or outcome.result == "committed"
-            report = _report(flight, outcome)
+            report = report_of(flight.save, flight.copy, outcome)
         self._ledger.conclude(flight.save, report, error)
 
     def event(self, event: events.Event) -> None:
@@ -279,24 +278,6 @@ class Launcher:
                 self._engine.forget_arena(old)
             old.close()
         return arena
-
-
-def _report(flight: _Flight, outcome: CommitOutcome) -> SaveReport:
-    save, copy = flight.save, flight.copy
-    return SaveReport(
-        step=save.step,
-        call_s=save._call_s,
-        hook_wait_s=copy.hook_wait_s if copy else 0.0,
-        staged_s=copy.staged_s if copy else 0.0,
-        encode_s=outcome.encode_s,
-        upload_s=outcome.upload_s,
-        commit_s=outcome.commit_s,
-        total_s=save._age_s(),
-        raw_bytes=outcome.raw_bytes,
-        stored_bytes=outcome.stored_bytes,
-        retries=outcome.retries,
-        skipped="the step exists already" if outcome.result == "exists" else None,
-    )
 
 
 def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:

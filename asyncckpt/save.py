@@ -6,8 +6,10 @@ import threading
 import time
 import warnings
 
+from asyncckpt.engine.job import CommitOutcome
 from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
+from asyncckpt.state.snapshot import Copy
 
 _LOG = logging.getLogger("asyncckpt")
 
@@ -157,6 +159,24 @@ class Ledger:
         raise SaveFailedError({save.step: save._error for save in failed if save._error is not None}) from failed[
             0
         ]._error
+
+
+def report_of(save: Save, copy: Copy | None, outcome: CommitOutcome) -> SaveReport:
+    """What the engine says of a save, and what the trainer saw of it."""
+    return SaveReport(
+        step=save.step,
+        call_s=save._call_s,
+        hook_wait_s=copy.hook_wait_s if copy else 0.0,
+        staged_s=copy.staged_s if copy else 0.0,
+        encode_s=outcome.encode_s,
+        upload_s=outcome.upload_s,
+        commit_s=outcome.commit_s,
+        total_s=save._age_s(),
+        raw_bytes=outcome.raw_bytes,
+        stored_bytes=outcome.stored_bytes,
+        retries=outcome.retries,
+        skipped="the step exists already" if outcome.result == "exists" else None,
+    )
 
 
 def _log(save: Save, report: SaveReport | None, error: BaseException | None) -> Event:
