@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools check format test demo bench clean
+.PHONY: help venv tools check format test demo bench bench-full clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## make .venv and install the package, editable, with everything the tests need
 
@@ -46,8 +46,11 @@ test: tools $(INSTALLED) ## all tests; PYTEST_ARGS="-k name" for some
 demo: $(INSTALLED) ## kill a training run in the middle, resume it from S3, compare every loss bit for bit
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-bench: $(INSTALLED) ## compare with other ways to save, in under five minutes; BENCH_ARGS="--help" tells more
+bench: $(INSTALLED) ## compare with other ways to save, in about five minutes; BENCH_ARGS="--help" tells more
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
+
+bench-full: $(INSTALLED) ## every scenario, more systems and rounds: an hour; the packages of the extra `bench` join if installed
+	$(BIN)/python -m benchmarks.bench --full $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

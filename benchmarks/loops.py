@@ -25,12 +25,12 @@ class Loop(Protocol):
 
 
 class Idle:
-    """Waits, in naps of a millisecond: the saver has the machine to itself."""
+    """Waits, in naps of five milliseconds: the saver has the machine to itself."""
 
     name = "idle"
 
     def __call__(self, _barrier: Barrier, /) -> None:
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 class BusyPython:
@@ -81,14 +81,21 @@ LOOPS: dict[str, Callable[[], Loop]] = {
 }
 
 
+BIN_S = 0.05
+
+
 @dataclass(slots=True)
 class Window:
-    """Iterations of a loop over a while. `longest_gap_s`: the longest time between the ends of two iterations."""
+    """Iterations of a loop over a while. `longest_gap_s`: the longest time between the ends of two iterations.
+
+    `bins`: how many iterations ended in each 50 ms since the window's start.
+    """
 
     started_s: float = field(default_factory=time.perf_counter)
     ended_s: float = 0.0
     iterations: int = 0
     longest_gap_s: float = 0.0
+    bins: list[int] = field(default_factory=lambda: [0])
 
     @property
     def elapsed_s(self) -> float:
@@ -98,10 +105,15 @@ class Window:
     def per_s(self) -> float:
         return self.iterations / self.elapsed_s
 
+    def series(self) -> list[list[float]]:
+        """[seconds since the window's start, iterations in these 50 ms]; the last, cut short, is left out."""
+        return [[round(number * BIN_S, 3), float(count)] for number, count in enumerate(self.bins[:-1])]
+
     def run(self, loop: Loop, until: Callable[[], bool], barrier: Barrier = no_barrier) -> None:
         """Iterate until `until()`, asked after each iteration. May be called again: the window goes on, gaps between included."""
         last = self.ended_s or self.started_s
         gap, iterations = self.longest_gap_s, self.iterations
+        bins, full_s = self.bins, self.started_s + len(self.bins) * BIN_S
         clock = time.perf_counter
         while True:
             loop(barrier)
@@ -109,6 +121,10 @@ class Window:
             iterations += 1
             gap = max(gap, now - last)
             last = now
+            while now >= full_s:
+                bins.append(0)
+                full_s += BIN_S
+            bins[-1] += 1
             if until():
                 break
         self.ended_s, self.iterations, self.longest_gap_s = last, iterations, gap

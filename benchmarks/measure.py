@@ -1,6 +1,7 @@
 """What the kernel says of a process tree: memory, descriptors, threads, CPU time. And how many samples become one figure."""
 
 import math
+import mmap
 import os
 import statistics
 import time
@@ -57,15 +58,15 @@ class Memory:
         return self.pss_bytes + self.unmapped_bytes
 
 
-def tree(root: int | None = None) -> list[int]:
-    """`root` (this process) and all its descendants."""
+def tree(root: int | None = None, apart: Iterable[int] = ()) -> list[int]:
+    """`root` (this process) and all its descendants, but those in `apart`."""
     children: dict[int, list[int]] = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))):
             children.setdefault(int(fields[1]), []).append(int(entry.name))
     found = [root or os.getpid()]
     for pid in found:
-        found += children.get(pid, [])
+        found += [child for child in children.get(pid, []) if child not in apart]
     return found
 
 
@@ -161,18 +162,24 @@ def _count(pid: int, folder: str) -> int:
 
 
 class Observer:
-    """From `__init__` to `stop()`: elapsed seconds, CPU seconds of this process tree, and cores that strangers kept busy."""
+    """From `__init__` to `stop()`: elapsed seconds, CPU seconds of this process tree, and cores that strangers kept busy.
 
-    def __init__(self) -> None:
+    `apart`: children that are no strangers but whose CPU seconds are not the saver's, such as the store's server.
+    """
+
+    def __init__(self, apart: Iterable[int] = ()) -> None:
+        self._apart = list(apart)
         self._started_s = time.perf_counter()
-        self._own_s = cpu_s(tree())
-        self._busy_s = _machine_busy_s()
+        self._before = self._now()
 
     def stop(self) -> "Observed":
         elapsed_s = time.perf_counter() - self._started_s
-        own_s = cpu_s(tree()) - self._own_s
-        foreign_s = max(0.0, _machine_busy_s() - self._busy_s - own_s)
-        return Observed(elapsed_s, own_s, foreign_s / elapsed_s)
+        busy_s, all_s, apart_s = (now - then for now, then in zip(self._now(), self._before, strict=True))
+        return Observed(elapsed_s, all_s - apart_s, max(0.0, busy_s - all_s) / elapsed_s)
+
+    def _now(self) -> tuple[float, float, float]:
+        """CPU seconds of the machine, of the whole tree, and of those apart."""
+        return _machine_busy_s(), cpu_s(tree()), cpu_s(self._apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +196,24 @@ def _machine_busy_s() -> float:
         int, (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:9]
     )
     return (user + nice + system + irq + softirq + steal) / _TICKS_PER_S
+
+
+def available_bytes() -> int:
+    """Memory that new allocations may take without swapping."""
+    lines = (_PROC / "meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def touch(size_bytes: int) -> None:
+    """Allocate, fill and free that much shared memory.
+
+    A hypervisor that takes freed pages back at once makes the next who needs them pay: 2 s/GB where it is 0.3 otherwise. So
+    everybody meets memory that the guest had in hand a moment ago.
+    """
+    block = bytes(1 << 20)
+    with mmap.mmap(-1, max(size_bytes, 1)) as memory_map:
+        while memory_map.tell() < len(memory_map):
+            memory_map.write(block[: len(memory_map) - memory_map.tell()])
 
 
 # -- durable means the same for everybody

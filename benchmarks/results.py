@@ -1,5 +1,6 @@
 """Figures of one run: a table for people, a JSON line for machines, and whether the stated goals were met."""
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from benchmarks.measure import Spread
 
 _REPOSITORY = Path(__file__).parent.parent
 _PACKAGES = ("torch", "numpy", "zstandard", "blake3", "safetensors", "boto3")
+_OTHERS = ("torch_checkpointing", "s3torchconnector", "zipnn")  # of the extra `bench`
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,10 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One system in one scenario. Units stand in the names of `measures`. `error`: why there are none."""
+    """One system in one scenario, on one state. Units stand in the names of `measures`. `error`: why there are none, or no more.
+
+    `series`: points [x, y]; a name says `y_over_x`, or y alone where x is seconds since the window's start.
+    """
 
     scenario: str
     state: str
@@ -50,13 +55,21 @@ class Result:
     goals: Sequence[Goal] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    about: str = ""
+    store: str = "tmpfs"
+    loop: str = "idle"
+    series: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "scenario": self.scenario,
+            "about": self.about,
             "state": self.state,
+            "store": self.store,
+            "loop": self.loop,
             "peer": self.peer,
             "measures": {name: v.to_json() if isinstance(v, Spread) else v for name, v in self.measures.items()},
+            "series": self.series,
             "goals": [goal.to_json() for goal in self.goals],
             "settings": self.settings,
             "error": self.error,
@@ -64,23 +77,28 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row a result, one table a scenario and state: medians, with the smallest and largest sample behind them."""
+    """A table for each scenario and state: systems as columns; medians, with the smallest and largest sample behind them."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.scenario, result.state), []).append(result)
-    return "\n\n".join(_one_table(f"{scenario}: {state}", rows) for (scenario, state), rows in groups.items())
+    return "\n\n".join(_one_table(rows) for rows in groups.values())
 
 
-def _one_table(title: str, results: list[Result]) -> str:
-    names = list(dict.fromkeys(name for result in results for name in result.measures))
-    rows = [["", *names]]
-    for result in results:
-        cells = [_text(name, result.measures[name]) if name in result.measures else "-" for name in names]
-        rows.append([result.peer, *cells])
+def _one_table(results: list[Result]) -> str:
+    first = results[0]
+    size = first.settings.get("raw_bytes", 0)
+    state = f"{first.state} ({size / 1e6:,.0f} MB)" if size else first.state
+    title = f"{first.scenario}: {first.about}\n{state}, {first.loop} main thread, store {first.store}"
+    measured = [result for result in results if result.measures]
+    names = list(dict.fromkeys(name for result in measured for name in result.measures))
+    rows = [["", *(result.peer for result in measured)]]
+    for name in names:
+        cells = [_text(name, result.measures[name]) if name in result.measures else "-" for result in measured]
+        rows.append([name, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     errors = [f"{result.peer} did not run: {result.error}" for result in results if result.error]
-    return "\n".join([title, *lines, *errors, *(str(goal) for result in results for goal in result.goals)])
+    return "\n".join([title, *(lines if measured else []), *errors, *(str(goal) for r in results for goal in r.goals)])
 
 
 def _text(name: str, value: Spread | float) -> str:
@@ -92,8 +110,8 @@ def _text(name: str, value: Spread | float) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    if name.endswith("_s") and not name.endswith("per_s"):
-        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.2f} s"
+    if name.endswith(("_s", "_s_per_gb")) and not name.endswith("per_s"):
+        return f"{value * 1e3:.3g} ms" if abs(value) < 1 else f"{value:.2f} s"
     if name.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
@@ -110,7 +128,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: metadata.version(name) for name in _PACKAGES} | _others(),
         "commit": _commit(),
     }
 
@@ -126,6 +144,14 @@ def append(path: Path, results: Sequence[Result], values: str) -> None:
     with path.open("a") as file:
         for result in results:
             file.write(json.dumps(result.to_json() | about) + "\n")
+
+
+def _others() -> dict[str, str]:
+    found = {}
+    for name in _OTHERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _cpu() -> str:

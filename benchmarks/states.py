@@ -1,12 +1,14 @@
 """The states that are saved: a module, and AdamW where it is trained, with given tensor count and bytes.
 
-"1 GB, 150 tensors in a module with AdamW" is read as: a module of 150 parameters, and 1 GB is all of them and both moments of
-each, so 450 tensors of 2.2 MB (and 150 step counts of 4 bytes). "20,000 tensors of 10 kB" likewise: 6,667 parameters, so 20,001
-tensors of 10 kB and 6,667 step counts. Values are those of `trained.py`, repeated as often as needed.
+"1 GB, 150 tensors in a module with AdamW" is read twice: 50 parameters whose weights and two moments are 150 tensors of 6.7 MB
+(`FEW`), and 150 parameters, so 450 tensors of 2.2 MB (`DENSE`). AdamW's step counts, 4 bytes each, come on top, here and in "20,000
+tensors of 10 kB": 6,667 parameters, 20,001 tensors. Values are those of `trained.py`, repeated as often as needed.
+
+bf16 with AdamW means bf16 moments: what `torch.optim.AdamW` makes of bf16 parameters.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,23 +19,39 @@ from benchmarks.trained import Trained, trained
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """Scenario of a state. `raw_bytes`: all tensors but the step counts. `adamw` False: weights alone."""
+    """Recipe of a state. `raw_bytes`: all tensors but the step counts, in `parameters` equal parts.
+
+    `adamw` False: weights alone. `frozen`: share of the bytes, and of the parameters, that the optimizer does not know and that
+    never change.
+    `repeated` False: the trained model as it is, 4.8 M parameters, whatever `raw_bytes` and `parameters` say.
+    """
 
     name: str
-    raw_bytes: int
-    parameters: int
+    raw_bytes: int = 0
+    parameters: int = 0
     dtype: str = "float32"
     adamw: bool = True
+    frozen: float = 0.0
+    repeated: bool = True
 
     def resized(self, factor: float) -> "StateSpec":
         """The same number of tensors with `factor` times the bytes."""
-        return StateSpec(self.name, int(self.raw_bytes * factor), self.parameters, self.dtype, self.adamw)
+        return replace(self, raw_bytes=int(self.raw_bytes * factor))
 
 
-FEW = StateSpec("1 GB in 150 tensors", raw_bytes=10**9, parameters=50)  # weights and both moments; AdamW's steps beside
-DENSE = StateSpec("dense fp32 + AdamW", raw_bytes=10**9, parameters=150)
-SMALL = StateSpec("20,000 tensors of 10 kB", raw_bytes=20_001 * 10_000, parameters=6_667)
-SERIAL = StateSpec("100 MB fp32 + AdamW", raw_bytes=10**8, parameters=150)
+GB = 10**9
+FEW = StateSpec("1 GB in 150 tensors", GB, 50)
+DENSE = StateSpec("dense fp32 + AdamW", GB, 150)
+DENSE_BF16 = StateSpec("dense bf16 + AdamW in bf16", GB, 150, dtype="bfloat16")
+WEIGHTS_BF16 = StateSpec("bf16 weights", GB, 150, dtype="bfloat16", adamw=False)
+SMALL = StateSpec("20,000 tensors of 10 kB", 20_001 * 10_000, 6_667)
+MANY = StateSpec("100,000 tensors of 2 kB", 100_002 * 2_000, 33_334)
+LARGE = StateSpec("one tensor of 2 GiB", 2 * 2**30, 1, adamw=False)
+FROZEN = StateSpec("90 % frozen, the rest with AdamW", GB, 150, frozen=0.9)
+SERIAL = StateSpec("100 MB fp32 + AdamW", GB // 10, 150)
+TRAINED = StateSpec("trained model, fp32 + AdamW", repeated=False)
+TRAINED_BF16 = StateSpec("trained model, bf16 weights", dtype="bfloat16", adamw=False, repeated=False)
+TRAINED_BF16_ADAMW = StateSpec("trained model, bf16 + AdamW in bf16", dtype="bfloat16", repeated=False)
 
 
 class State:
@@ -57,8 +75,10 @@ class State:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Change the bytes of every tensor: all signs flip, so neither size nor compressibility drifts over many saves."""
-        torch._foreach_neg_([tensor for tensor in self.tensors() if tensor.is_floating_point()])
+        """Change the bytes of every tensor that training would: all signs flip, so neither size nor compressibility drifts."""
+        frozen = {parameter.data_ptr() for parameter in self.model.parameters() if not parameter.requires_grad}
+        tensors = [tensor for tensor in self.tensors() if tensor.data_ptr() not in frozen]
+        torch._foreach_neg_([tensor for tensor in tensors if tensor.is_floating_point()])
 
     @torch.no_grad()
     def scrub(self) -> None:
@@ -71,10 +91,11 @@ class State:
         model = _Tensors([torch.empty_like(p) for p in self.model.parameters()])
         if self.optimizer is None:
             return State(model)
-        optimizer = torch.optim.AdamW(model.parameters())
-        for mine, theirs in zip(model.parameters(), self.model.parameters(), strict=True):
-            held = self.optimizer.state[theirs]
-            optimizer.state[mine] = {name: torch.empty_like(tensor) for name, tensor in held.items()}
+        pairs = zip(model.parameters(), self.model.parameters(), strict=True)
+        held = {mine: self.optimizer.state[theirs] for mine, theirs in pairs if theirs in self.optimizer.state}
+        optimizer = torch.optim.AdamW(held)
+        for mine, moments in held.items():
+            optimizer.state[mine] = {name: torch.empty_like(tensor) for name, tensor in moments.items()}
         return State(model, optimizer)
 
     def differs_from(self, other: "State") -> list[int]:
@@ -84,20 +105,25 @@ class State:
 
 
 def build(spec: StateSpec) -> State:
-    """Make the state of a scenario, filled with trained values."""
+    """Make the state, filled with trained values."""
+    if not spec.repeated:
+        return as_trained(spec.dtype, adamw=spec.adamw)
     source = trained()
     dtype = getattr(torch, spec.dtype)
-    kinds = 3 if spec.adamw else 1
-    element_bytes = torch.empty(0, dtype=dtype).element_size()
-    elements = round(spec.raw_bytes / spec.parameters / kinds / element_bytes)
-    shape = _shape(elements)
+    frozen = round(spec.parameters * spec.frozen)
+    learning = spec.parameters - frozen
     weights = _Tape([p.detach() for p in source.model.parameters()])
-    model = _Tensors([weights.take(shape).to(dtype) for _ in range(spec.parameters)])
+    parts = [weights.take(_shape(spec.raw_bytes * spec.frozen / frozen, dtype)).to(dtype) for _ in range(frozen)]
+    shape = _shape(spec.raw_bytes * (1 - spec.frozen) / learning / (3 if spec.adamw else 1), dtype)
+    model = _Tensors(parts + [weights.take(shape).to(dtype) for _ in range(learning)])
+    for parameter in list(model.parameters())[:frozen]:
+        parameter.requires_grad_(False)
     if not spec.adamw:
         return State(model)
     tapes = {name: _Tape(moments) for name, moments in _moments(source).items()}
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
+    tracked = list(model.parameters())[frozen:]
+    optimizer = torch.optim.AdamW(tracked)
+    for parameter in tracked:
         optimizer.state[parameter] = {
             "step": torch.tensor(float(source.steps)),
             **{name: tape.take(shape).to(dtype) for name, tape in tapes.items()},
@@ -106,14 +132,16 @@ def build(spec: StateSpec) -> State:
 
 
 def as_trained(dtype: str, *, adamw: bool) -> State:
-    """The trained model itself, nothing repeated; `dtype` other than float32 is a cast of its weights."""
+    """The trained model itself, nothing repeated; `dtype` other than float32 is a cast of its weights and moments."""
     source = trained()
-    model = _Tensors([p.detach().to(getattr(torch, dtype)) for p in source.model.parameters()])
+    kind = getattr(torch, dtype)
+    model = _Tensors([p.detach().to(kind) for p in source.model.parameters()])
     if not adamw:
         return State(model)
     optimizer = torch.optim.AdamW(model.parameters())
     for mine, theirs in zip(model.parameters(), source.model.parameters(), strict=True):
-        optimizer.state[mine] = dict(source.optimizer.state[theirs])
+        held = source.optimizer.state[theirs]
+        optimizer.state[mine] = {name: t if name == "step" else t.to(kind) for name, t in held.items()}
     return State(model, optimizer)
 
 
@@ -147,7 +175,8 @@ def _moments(source: Trained) -> dict[str, list[torch.Tensor]]:
     return {name: [state[name] for state in held] for name in ("exp_avg", "exp_avg_sq")}
 
 
-def _shape(elements: int) -> tuple[int, ...]:
+def _shape(size_bytes: float, dtype: torch.dtype) -> tuple[int, ...]:
+    elements = size_bytes / dtype.itemsize
     columns = 1024 if elements >= 65_536 else 50
     return (max(1, round(elements / columns)), columns)
 

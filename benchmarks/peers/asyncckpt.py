@@ -4,21 +4,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import asyncckpt
 from asyncckpt.events import Event, SaveCommitted, SaveFailed, SaveReport, SaveSkipped, SaveStaged
-from benchmarks.peers.base import Peer, Saving, bytes_below
+from benchmarks.peers import objects
+from benchmarks.peers.base import Peer, Saving, bytes_below, leaf_paths
 from benchmarks.states import State
+from benchmarks.stores.base import Place
 
 
 class AsyncCkpt(Peer):
+    """`options`: those of `asyncckpt.Saver`."""
+
     name = "asyncckpt"
     guards_steps = True
+    asynchronous = True
+    stores = frozenset({"folder", "s3"})
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(folder)
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__(place)
         self.reports: dict[int, SaveReport] = {}
         self._savings: dict[int, Saving] = {}
-        self._saver = asyncckpt.Saver(self.folder, hooks=[self._on_event], **options)
+        self._url = place.url or self.folder
+        self._s3 = _s3_options(place) if place.kind == "s3" else None
+        self._saver = asyncckpt.Saver(self._url, store=self._s3, hooks=[self._on_event], **options)
 
     def prepare(self, state: State) -> None:
         self._saver.prepare(state.objects)
@@ -30,12 +40,23 @@ class AsyncCkpt(Peer):
         return saving
 
     def restore(self, step: int, state: State) -> None:
-        asyncckpt.restore(self.folder, state.objects, step=step)
+        asyncckpt.restore(self._url, state.objects, step=step, store=self._s3)
+
+    def read_one(self, step: int, index: int, state: State) -> torch.Tensor:
+        name = "/".join(f"#{key}" if isinstance(key, int) else key for key in leaf_paths(state)[index])
+        with asyncckpt.Run(self._url, store=self._s3) as run:
+            return run.get(step).tensor(name)
 
     def stored_bytes(self, step: int) -> int:
+        if self.place.kind == "s3":
+            return objects.bytes_at(self.place, f"step-{step:010d}")
         return sum(bytes_below(path) for path in self._paths(step))
 
     def forget(self, step: int) -> None:
+        if self.place.kind == "s3":
+            objects.delete_at(self.place, f"step-{step:010d}.json")  # the record first
+            objects.delete_at(self.place, f"step-{step:010d}")
+            return
         for path in sorted(self._paths(step), key=Path.is_dir):  # the record first
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -58,10 +79,32 @@ class AsyncCkpt(Peer):
             self._savings[event.step].durable(RuntimeError(f"step {event.step} was skipped: {event.reason}"))
 
 
-class AsyncCkptRaw(AsyncCkpt):
+def _s3_options(place: Place) -> asyncckpt.S3Options:
+    return asyncckpt.S3Options(
+        endpoint_url=place.endpoint_url, region=place.region, single_writer=not place.conditional_puts
+    )
+
+
+class AsyncCkptNone(AsyncCkpt):
     """Without compression."""
 
     name = "asyncckpt-none"
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, codec="none")
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__(place, **{"codec": "none"} | options)
+
+
+class AsyncCkptZstd(AsyncCkpt):
+    """Compressed, without byte planes: what `zstd -d` unpacks into a safetensors file."""
+
+    name = "asyncckpt-zstd"
+
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__(place, **{"codec": "zstd"} | options)
+
+
+class AsyncCkptOneWorker(AsyncCkpt):
+    name = "asyncckpt-1worker"
+
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__(place, **{"workers": 1} | options)

@@ -3,9 +3,15 @@
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
 
 from benchmarks.states import State
+from benchmarks.stores.base import Place
 
 
 class Saving:
@@ -61,17 +67,29 @@ class Saving:
 
 
 class Peer(ABC):
-    """A system that saves a state to a folder of its own.
+    """A system that saves a state to a place of its own.
 
     `guards_steps`: it holds an optimizer's step back itself until the snapshot is complete; for others the loop must wait.
+    `asynchronous`: `save()` returns before the checkpoint is durable. `stores`: the kinds of place that it can save to.
     """
 
     name: str
     guards_steps = False
+    asynchronous = False
+    stores = frozenset({"folder"})
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / self.name
-        self.folder.mkdir(parents=True)
+    def __init__(self, place: Place, **options: Any) -> None:
+        if place.kind not in self.stores:
+            raise ValueError(f"{self.name} cannot save to a place of kind {place.kind!r}")
+        if options:
+            raise TypeError(f"{self.name} has no such options: {', '.join(options)}")
+        self.place = place
+
+    @property
+    def folder(self) -> Path:
+        """Of a place that is a folder."""
+        assert self.place.folder is not None
+        return self.place.folder
 
     def prepare(self, state: State) -> None:  # noqa: B027 - most offer nothing
         """Whatever the system offers to do ahead of the first save. Not timed."""
@@ -83,6 +101,10 @@ class Peer(ABC):
     @abstractmethod
     def restore(self, step: int, state: State) -> None:
         """Load into the objects of `state`."""
+
+    def read_one(self, step: int, index: int, state: State) -> torch.Tensor | None:  # noqa: ARG002 - some cannot
+        """One tensor out of a checkpoint: `state.tensors()[index]`, read without the rest. None: the system cannot."""
+        return None
 
     @abstractmethod
     def stored_bytes(self, step: int) -> int:
@@ -100,3 +122,20 @@ def bytes_below(path: Path) -> int:
     """Bytes of a file or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+_known_paths: WeakKeyDictionary[State, list[tuple[str | int, ...]]] = WeakKeyDictionary()
+
+
+def leaf_paths(state: State) -> list[tuple[str | int, ...]]:
+    """Where each of `state.tensors()` lies in `state.state_dicts()`, in the same order. Kept: structures do not change."""
+    if state not in _known_paths:
+        _known_paths[state] = _paths_below(state.state_dicts(), ())
+    return _known_paths[state]
+
+
+def _paths_below(node: Any, path: tuple[str | int, ...]) -> list[tuple[str | int, ...]]:
+    if isinstance(node, torch.Tensor):
+        return [path]
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    return [leaf for key, child in children for leaf in _paths_below(child, (*path, key))]

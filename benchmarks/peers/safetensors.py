@@ -1,14 +1,13 @@
 """`safetensors.torch.save_file` to one file, then a sync. It blocks, and holds tensors alone (no param_groups)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.measure import sync_file
-from benchmarks.peers.base import Peer, Saving
+from benchmarks.peers.base import Peer, Saving, leaf_paths
 from benchmarks.states import State
 
 
@@ -17,7 +16,7 @@ class Safetensors(Peer):
 
     def save(self, step: int, state: State) -> Saving:
         saving = Saving(step)
-        save_file(dict(_flat(state.state_dicts(), "")), self._path(step))
+        save_file(_named(state), self._path(step))
         sync_file(self._path(step))
         saving.durable()
         saving.returned()
@@ -26,8 +25,12 @@ class Safetensors(Peer):
     @torch.no_grad()
     def restore(self, step: int, state: State) -> None:
         with safe_open(self._path(step), framework="pt") as file:
-            for name, tensor in _flat(state.state_dicts(), ""):
+            for name, tensor in _named(state).items():
                 tensor.copy_(file.get_tensor(name))
+
+    def read_one(self, step: int, index: int, state: State) -> torch.Tensor:
+        with safe_open(self._path(step), framework="pt") as file:
+            return file.get_tensor(_name(leaf_paths(state)[index]))
 
     def stored_bytes(self, step: int) -> int:
         return self._path(step).stat().st_size
@@ -39,8 +42,9 @@ class Safetensors(Peer):
         return self.folder / f"{step:010d}.safetensors"
 
 
-def _flat(node: Any, name: str) -> list[tuple[str, torch.Tensor]]:
-    if isinstance(node, torch.Tensor):
-        return [(name, node.detach())]
-    children = node.items() if isinstance(node, dict) else ()
-    return [leaf for key, child in children for leaf in _flat(child, f"{name}/{key}")]
+def _named(state: State) -> dict[str, torch.Tensor]:
+    return {_name(path): tensor for path, tensor in zip(leaf_paths(state), state.tensors(), strict=True)}
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    return "/".join(map(str, path))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import sync_file
-from benchmarks.peers.base import Peer, Saving
+from benchmarks.peers.base import Peer, Saving, leaf_paths
 from benchmarks.states import State
 
 
@@ -24,6 +24,12 @@ class TorchSave(Peer):
         loaded = torch.load(self._path(step), mmap=True, weights_only=True)
         for name, held in state.objects.items():
             held.load_state_dict(loaded[name])
+
+    def read_one(self, step: int, index: int, state: State) -> torch.Tensor:
+        node = torch.load(self._path(step), mmap=True, weights_only=True)
+        for key in leaf_paths(state)[index]:
+            node = node[key]
+        return node.clone()
 
     def stored_bytes(self, step: int) -> int:
         return self._path(step).stat().st_size

@@ -1,20 +1,33 @@
-"""What is measured, one file each: `run(context)` returns a result of every system, with the goals that were stated for it."""
+"""What is measured: `table.py` is the list, as data; a scenario's kind chooses its procedure."""
 
-import importlib
+import contextlib
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 from benchmarks.results import Result
-from benchmarks.scenarios.base import Context
+from benchmarks.scenarios import codec, memory, saves
+from benchmarks.scenarios.base import Choices, Run, Scenario
+from benchmarks.scenarios.table import SCENARIOS
 
-NAMES = ("ratio", "call_time", "busy", "small", "memory")
-
-
-def run(name: str, context: Context) -> list[Result]:
-    """Run one scenario in this process."""
-    found: list[Result] = importlib.import_module(f"benchmarks.scenarios.{name}").run(context)
-    return found
+CODECS = tuple(codec.CODECS)
+KINDS = {"saves": saves.run, "growth": saves.growth, "memory": memory.run, "codec": codec.run}
+NAMES = tuple(SCENARIOS)
 
 
-def about(name: str) -> str:
-    """The first line of its documentation."""
-    text = importlib.import_module(f"benchmarks.scenarios.{name}").__doc__ or ""
-    return text.strip().partition("\n")[0]
+def names(*, full: bool) -> tuple[str, ...]:
+    """Of the quick set, or of all."""
+    return tuple(name for name, scenario in SCENARIOS.items() if full or scenario.quick)
+
+
+def run(name: str, choices: Choices) -> list[Result]:
+    """Run one scenario in this process, on a store that is gone afterwards."""
+    scenario: Scenario = choices.applied_to(SCENARIOS[name])
+    folder = Path(tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=choices.folder))
+    choices = replace(choices, folder=folder)
+    try:
+        with contextlib.ExitStack() as stack:
+            return KINDS[scenario.kind](Run(scenario, choices, stack))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,31 +1,174 @@
-"""What every scenario is given, and the two things it does: check a save, and compare systems side by side."""
+"""What a scenario is, what a run of it is given, and how a save is checked."""
 
-import itertools
+import contextlib
+import dataclasses
+import multiprocessing
+import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.loops import LOOPS, Loop, Window, no_barrier, quiet
-from benchmarks.measure import Observer, Spread, spread
+import torch
+
+from benchmarks.measure import touch, tree
 from benchmarks.peers import open_peer
-from benchmarks.peers.base import Peer, Saving
-from benchmarks.results import Result
-from benchmarks.states import State, StateSpec, build
+from benchmarks.peers.base import Peer
+from benchmarks.results import Goal, Result
+from benchmarks.scenarios.goals import GoalSpec, judge
+from benchmarks.states import State, StateSpec
+from benchmarks.stores import Store, open_store
+from benchmarks.stores.s3 import SinkStore
 
-QUIET_S = 1.0
-SAVING_S = 2.0
+CHECK_S = 300.0  # a child that verifies longer than this hangs
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One row of the table. `kind` chooses the procedure: `saves`, `growth`, `memory` or `codec`.
+
+    `quick`: in the quick set; `full_rounds` and `full_peers` are the full set's choice where it differs. `uncounted`: first rounds
+    of every system that are not counted. `workers`, `codec`: of asyncckpt, None: its default. `verified` False: nothing can be
+    read back from the store.
+    """
+
+    name: str
+    about: str
+    states: tuple[StateSpec, ...]
+    peers: tuple[str, ...] = ("asyncckpt",)
+    kind: str = "saves"
+    loop: str = "idle"
+    store: str = "tmpfs"
+    rounds: int = 3
+    goals: tuple[GoalSpec, ...] = ()
+    quick: bool = True
+    full_rounds: int | None = None
+    full_peers: tuple[str, ...] | None = None
+    workers: int | None = None
+    codec: str | None = None
+    uncounted: int = 1
+    verified: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """Choices of the command line; None: the scenario's own. `size`: factor on the bytes of every state."""
+class Choices:
+    """Of the command line; None: the scenario's own. `size`: factor on the bytes of every state. `folder`: scratch space."""
 
     folder: Path
     size: float = 1.0
     rounds: int | None = None
     peers: tuple[str, ...] | None = None
     loop: str | None = None
+    store: str | None = None
+    full: bool = False
+    warm: bool = True
+
+    def applied_to(self, scenario: Scenario) -> Scenario:
+        """The scenario as it shall run. Its goals stand for its own loop and store alone."""
+        rounds = self.rounds or (self.full and scenario.full_rounds) or scenario.rounds
+        peers = self.peers or (self.full and scenario.full_peers) or scenario.peers
+        moved = (self.loop or scenario.loop, self.store or scenario.store) != (scenario.loop, scenario.store)
+        return dataclasses.replace(
+            scenario,
+            rounds=rounds,
+            peers=peers,
+            loop=self.loop or scenario.loop,
+            store=self.store or scenario.store,
+            states=tuple(state.resized(self.size) for state in scenario.states),
+            goals=() if moved else scenario.goals,
+        )
+
+
+@dataclass(slots=True)
+class System:
+    """One system of a comparison, in a store of its own. `servers`: the processes that the store runs in."""
+
+    peer: Peer
+    store: Store
+    servers: tuple[int, ...]
+
+    @property
+    def most_connections(self) -> int:
+        """Connections that its server has had at once; 0 where that is not counted."""
+        return int(self.store.stats()["most_connections"]) if isinstance(self.store, SinkStore) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A scenario as it runs. Stores stay open as long as `stack`."""
+
+    scenario: Scenario
+    choices: Choices
+    stack: contextlib.ExitStack
+
+    def open(self, name: str) -> System:
+        """A system, and a store that nobody else uses."""
+        options: dict[str, Any] = {}
+        if name.startswith("asyncckpt"):
+            given = {"workers": self.scenario.workers, "codec": self.scenario.codec}
+            options = {option: value for option, value in given.items() if value is not None}
+        children = set(tree())
+        store = self.stack.enter_context(_store(self.scenario.store, self.choices.folder))
+        servers = tuple(set(tree()) - children)
+        return System(open_peer(name, store.place(name), **options), store, servers)
+
+    def warm(self, state: State) -> None:
+        """Before a round: as many bytes as it may write, touched and given back."""
+        if self.choices.warm and self.scenario.verified:  # otherwise nothing is kept
+            touch(int(state.raw_bytes * 1.05))
+
+    def say(self, peer: str, number: int, text: str) -> None:
+        """One line of progress."""
+        rounds = self.scenario.rounds
+        count = f"{number}/{rounds}" if number > 0 else "uncounted"
+        print(f"  {self.scenario.name}  {count:>9}  {peer:24} {text}", file=sys.stderr, flush=True)
+
+    def warn(self, peer: str, error: str | None) -> None:
+        """A line for a system that cannot go on."""
+        if error is not None:
+            print(f"  {self.scenario.name}  {peer} is left out: {error}", file=sys.stderr, flush=True)
+
+    def result(self, spec: StateSpec, state: State | None, peer: str, **found: Any) -> Result:
+        """A result without goals; `found`: measures, series, error, and `settings` of its own."""
+        scenario = self.scenario
+        settings = {
+            "raw_bytes": state.raw_bytes if state else spec.raw_bytes,
+            "parameters": len(list(state.model.parameters())) if state else spec.parameters,
+            "tensors": len(state.tensors()) if state else 0,
+            "rounds": scenario.rounds,
+            "size": self.choices.size,
+            "warm": self.choices.warm,
+            "workers": scenario.workers,
+            "codec": scenario.codec,
+        } | found.pop("settings", {})
+        return Result(
+            scenario=scenario.name,
+            about=scenario.about,
+            state=spec.name,
+            store=scenario.store,
+            loop=scenario.loop,
+            peer=peer,
+            settings=settings,
+            **found,
+        )
+
+
+def judged(results: list[Result], goals: tuple[GoalSpec, ...]) -> list[Result]:
+    """The results of one state, each with the goals that are stated for its system."""
+    found: Mapping[str, list[Goal]] = {result.peer: [] for result in results}
+    for spec in goals:
+        goal = judge(spec, results)
+        if goal is not None:
+            found[spec.peer].append(goal)
+    return [dataclasses.replace(result, goals=found[result.peer]) for result in results]
+
+
+def _store(name: str, folder: Path) -> Store:
+    if name == "discard":
+        return SinkStore(name, discard=True)
+    return open_store(name, Path(tempfile.mkdtemp(prefix="store-", dir=folder)))
 
 
 class BitsDifferError(Exception):
@@ -38,9 +181,6 @@ class Verifier:
     def __init__(self, state: State) -> None:
         self._state = state
         self._twin = state.twin()
-
-    def touch(self) -> None:
-        """Make the second state's pages exist before somebody looks at memory."""
         self._twin.scrub()
 
     def check(self, peer: Peer, step: int) -> float:
@@ -53,107 +193,42 @@ class Verifier:
             raise BitsDifferError(f"{peer.name}, step {step}: {len(wrong)} tensors differ, the first is {wrong[0]}")
         return restore_s
 
+    def read_one(self, peer: Peer, step: int) -> float | None:
+        """Seconds to read the middle one of the tensors alone; None when the system cannot."""
+        index = len(self._state.tensors()) // 2
+        started = time.perf_counter()
+        found = peer.read_one(step, index, self._twin)
+        seconds = time.perf_counter() - started
+        if found is None:
+            return None
+        expected = self._state.tensors()[index]
+        same = torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+        if not same:
+            raise BitsDifferError(f"{peer.name}, step {step}: tensor {index}, read alone, differs")
+        return seconds
 
-@dataclass(slots=True)
-class Samples:
-    """What one system did over all rounds."""
-
-    savings: list[Saving] = field(default_factory=list)
-    restore_s: list[float] = field(default_factory=list)
-    stored_bytes: list[int] = field(default_factory=list)
-    foreign_cores: list[float] = field(default_factory=list)
-    speed: list[float] = field(default_factory=list)
-    gap_s: list[float] = field(default_factory=list)
-    quiet_gap_s: list[float] = field(default_factory=list)
-    error: str | None = None
-
-    def measures(self) -> dict[str, Spread | float]:
-        """Medians of all saves; speed and gaps of all windows."""
-        if not self.savings:
-            return {}
-        found: dict[str, Spread | float] = {
-            "call_s": spread(saving.returned_s for saving in self.savings),
-            "staged_s": spread(saving.staged_s for saving in self.savings),
-            "durable_s": spread(saving.durable_s for saving in self.savings),
-            "stored_bytes": spread(self.stored_bytes),
-            "restore_s": spread(self.restore_s),
-        }
-        if self.speed:
-            found |= {
-                "main_speed": spread(self.speed),
-                "longest_gap_s": max(self.gap_s),
-                "quiet_gap_s": max(self.quiet_gap_s),
-            }
-        return found | {"saves": float(len(self.savings)), "foreign_cores": max(self.foreign_cores)}
+    @torch.no_grad()
+    def copy(self) -> float:
+        """Seconds of one plain copy of the state into memory that exists already."""
+        targets, sources = self._twin.tensors(), self._state.tensors()
+        started = time.perf_counter()
+        torch._foreach_copy_(targets, sources)
+        return time.perf_counter() - started
 
 
-def compare(context: Context, spec: StateSpec, loop_name: str, peers: Sequence[str], rounds: int) -> dict[str, Samples]:
-    """Systems side by side on one state, alternating, while the main thread runs a loop.
+def in_child(check: Callable[[], object]) -> None:
+    """Run a check in a forked child, which ends with it: whatever it allocates is gone. Raises if it failed or hung."""
 
-    A round of a system is a window in which nothing is saved, then whole saves back to back for at least two seconds. Every save is restored and
-    compared afterwards. The state's bytes change between windows. A first save of each system is not counted. A system that
-    cannot run is left out from there on, with its error.
-    """
-    state = build(spec)
-    verifier = Verifier(state)
-    loop = LOOPS[loop_name]()
-    samples = {name: Samples() for name in peers}
-    steps = itertools.count(1)
-    opened: dict[str, Peer] = {}
-    try:
-        for name in peers:
-            opened[name] = open_peer(name, context.folder)
-            opened[name].prepare(state)
-        for number in range(rounds + 1):
-            for name, peer in opened.items():
-                if samples[name].error is None:
-                    kept = samples[name] if number else Samples()
-                    try:
-                        _round(peer, state, loop, verifier, steps, kept=kept, seconds=SAVING_S if number else 0.0)
-                    except BitsDifferError:
-                        raise
-                    except Exception as error:
-                        samples[name].error = f"{type(error).__name__}: {error}"
-    finally:
-        for peer in opened.values():
-            peer.close()
-    return samples
+    def alone() -> None:
+        torch.set_num_threads(1)  # the parent's pool of threads did not come along
+        check()
 
-
-def _round(
-    peer: Peer, state: State, loop: Loop, verifier: Verifier, steps: Iterator[int], *, kept: Samples, seconds: float
-) -> None:
-    state.advance()
-    observer = Observer()
-    before = quiet(loop, QUIET_S if seconds else 0.0)
-    window = Window()
-    savings: list[Saving] = []
-    while not savings or window.elapsed_s < seconds:
-        saving = peer.save(next(steps), state)
-        savings.append(saving)
-        window.run(loop, saving.done, no_barrier if peer.guards_steps else saving.wait_staged)
-        saving.wait_durable()
-    kept.foreign_cores.append(observer.stop().foreign_cores)
-    for saving in savings:
-        kept.savings.append(saving)
-        kept.stored_bytes.append(peer.stored_bytes(saving.step))
-        kept.restore_s.append(verifier.check(peer, saving.step))
-        peer.forget(saving.step)
-    if loop.name != "idle":
-        kept.speed.append(window.per_s / before.per_s)
-        kept.gap_s.append(window.longest_gap_s)
-        kept.quiet_gap_s.append(before.longest_gap_s)
-
-
-def results(scenario: str, spec: StateSpec, loop_name: str, samples: dict[str, Samples]) -> list[Result]:
-    """A result of every system, without goals."""
-    settings = {"raw_bytes": spec.raw_bytes, "parameters": spec.parameters, "loop": loop_name}
-    return [
-        Result(scenario, f"{spec.name}, {loop_name} main thread", name, kept.measures(), (), settings, kept.error)
-        for name, kept in samples.items()
-    ]
-
-
-def median(samples: Samples, stamp: str) -> float:
-    """The median of one stamp (`returned_s`, `staged_s`, `durable_s`) over all saves."""
-    return spread(getattr(saving, stamp) for saving in samples.savings).median
+    child = multiprocessing.get_context("fork").Process(target=alone)
+    child.start()
+    child.join(CHECK_S)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise BitsDifferError(f"a check took more than {CHECK_S:.0f} s")
+    if child.exitcode:
+        raise BitsDifferError("a check in a child process failed; its traceback stands above")

@@ -1,0 +1,1 @@
+"""Lines of results, made into tables and plots for people."""

@@ -1,0 +1,64 @@
+"""Goals as data: a figure of one system, alone or beside another figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.measure import Spread
+from benchmarks.results import Goal, Result
+
+ASYNCHRONOUS = "best asynchronous peer"
+EVERYBODY = "best peer"
+OURS = "asyncckpt"
+
+
+@dataclass(frozen=True, slots=True)
+class GoalSpec:
+    """`measure` of `peer`, at most (or `at_least`) `limit`.
+
+    `against`: names of peers, or `ASYNCHRONOUS`, or `EVERYBODY`: the figure is divided by the best of theirs. `of`: it is divided
+    by another measure of the same system. Figures are medians.
+    """
+
+    text: str
+    measure: str
+    limit: float
+    at_least: bool = False
+    against: tuple[str, ...] = ()
+    of: str | None = None
+    peer: str = OURS
+
+
+def judge(spec: GoalSpec, results: Sequence[Result]) -> Goal | None:
+    """The goal on these results of one state; None when a figure that it needs was not measured."""
+    by_peer = {result.peer: result for result in results}
+    if spec.peer not in by_peer:
+        return None
+    value = figure(by_peer[spec.peer], spec.measure)
+    if value is None:
+        return None
+    if spec.of is not None:
+        other = figure(by_peer[spec.peer], spec.of)
+        if not other:
+            return None
+        value /= other
+    if spec.against:
+        rivals = [figure(result, spec.measure) for result in results if _is_meant(result, spec.against)]
+        measured = [rival for rival in rivals if rival is not None]
+        if not measured:
+            return None
+        best = max(measured) if spec.at_least else min(measured)
+        value = value / best if best else float("inf")
+    return Goal(spec.text, value, spec.limit, spec.at_least)
+
+
+def figure(result: Result, measure: str) -> float | None:
+    """The median of a measure, or the measure itself."""
+    found = result.measures.get(measure)
+    return found.median if isinstance(found, Spread) else found
+
+
+def _is_meant(result: Result, against: tuple[str, ...]) -> bool:
+    if result.peer.startswith(OURS):
+        return result.peer in against
+    everybody = EVERYBODY in against or (ASYNCHRONOUS in against and result.settings.get("asynchronous", False))
+    return everybody or result.peer in against

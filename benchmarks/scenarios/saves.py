@@ -1,0 +1,203 @@
+"""Systems side by side on one state, alternating, while the main thread runs a loop. Also how time grows with the state."""
+
+import gc
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from benchmarks.loops import LOOPS, Loop, Window, no_barrier, quiet
+from benchmarks.measure import Observer, available_bytes
+from benchmarks.results import Result
+from benchmarks.scenarios.base import BitsDifferError, Run, Scenario, System, Verifier, judged
+from benchmarks.scenarios.samples import Round, Samples, Save
+from benchmarks.scenarios.wire import plain_s
+from benchmarks.states import State, StateSpec, build
+from benchmarks.stores.s3 import SinkStore
+
+QUIET_S = 2.0
+SAVING_S = 2.0
+
+
+def run(context: Run) -> list[Result]:
+    """Every state by itself."""
+    scenario = context.scenario
+    return [result for spec in scenario.states for result in judged(_compare(context, spec), scenario.goals)]
+
+
+def growth(context: Run) -> list[Result]:
+    """Every state, then one line a system over all of them: time and bytes as a function of size and tensor count."""
+    found = [result for spec in context.scenario.states for result in _compare(context, spec)]
+    whole = StateSpec("all of them", parameters=0)
+    lines = []
+    for name in context.scenario.peers:
+        own = [result for result in found if result.peer == name and "durable_s" in result.measures]
+        points = [
+            (result.settings["raw_bytes"] / 1e9, result.settings["tensors"], result.measures["durable_s"].median)
+            for result in own
+        ]
+        if len(points) < 2:
+            continue
+        per_gb = [seconds / gb for gb, _, seconds in points]
+        series = {
+            "s_per_gb_over_gb": [[gb, seconds / gb] for gb, _, seconds in points],
+            "durable_s_over_tensors": [[tensors, seconds] for _, tensors, seconds in points],
+        }
+        # beside the largest state: what a small one pays for its fixed costs is no growth
+        measures = {"s_per_gb": per_gb[-1], "s_per_gb_growth": per_gb[-1] / min(per_gb)}
+        lines.append(context.result(whole, None, name, measures=measures, series=series))
+    return found + judged(lines, context.scenario.goals)
+
+
+def _compare(context: Run, spec: StateSpec) -> list[Result]:
+    """A round of a system is a window in which nothing is saved (beside a busy loop), then saves: one, or beside a busy loop whole
+    saves back to back for at least two seconds. Every save is restored and compared afterwards. The state's bytes change between
+    rounds. A system that cannot run is left out from there on, with its error.
+    """
+    scenario = context.scenario
+    state = None
+    samples = {name: Samples() for name in scenario.peers}
+    opened: dict[str, System] = {}
+    try:
+        _room(scenario, spec)
+        state = build(spec)
+        bench = _Bench(state, LOOPS[scenario.loop](), Verifier(state) if scenario.verified else None)
+        for name, kept in samples.items():
+            with kept.failing():
+                opened[name] = context.open(name)
+                opened[name].peer.prepare(state)
+            context.warn(name, kept.error)
+        for number in range(1 - scenario.uncounted, scenario.rounds + 1):
+            for name, system in opened.items():
+                kept = samples[name]
+                if kept.error is not None:
+                    continue
+                with kept.failing(BitsDifferError):
+                    context.warm(state)
+                    found = _round(system, bench, counted=number > 0)
+                    if number > 0:
+                        kept.rounds.append(found)
+                    context.say(name, number, found.summary())
+                context.warn(name, kept.error)
+    except MemoryError as error:
+        for kept in samples.values():
+            kept.error = kept.error or f"MemoryError: {error}"
+    finally:
+        for name, system in opened.items():
+            with samples[name].failing():
+                system.peer.close()
+    return [
+        context.result(
+            spec,
+            state,
+            name,
+            measures=kept.measures(state.raw_bytes if state else 0),
+            series=kept.series(),
+            settings={"asynchronous": name in opened and opened[name].peer.asynchronous},
+            error=kept.error,
+        )
+        for name, kept in samples.items()
+    ]
+
+
+def _room(scenario: Scenario, spec: StateSpec) -> None:
+    """The state, its twin, one checkpoint, and a snapshot that each system keeps."""
+    needed = spec.raw_bytes * ((3 if scenario.verified else 1.05) + len(scenario.peers))
+    gc.collect()  # the state before
+    if needed > available_bytes():
+        raise MemoryError(f"{spec.name} in {len(scenario.peers)} systems needs {needed / 1e9:.0f} GB of free memory")
+
+
+@dataclass(slots=True)
+class _Bench:
+    """What all systems share."""
+
+    state: State
+    loop: Loop
+    verifier: Verifier | None
+    steps: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
+def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
+    peer, loop, verifier = system.peer, bench.loop, bench.verifier
+    bench.state.advance()
+    idle = loop.name == "idle"
+    before = quiet(loop, QUIET_S if counted and not idle else 0.0)
+    copy_s = _copied_beside(loop, verifier) if verifier and counted else None
+    requests = system.store.requests()
+    observer = Observer(system.servers)
+    window, waits = Window(), _Waits()
+    savings = []
+    while not savings or (counted and not idle and window.elapsed_s < SAVING_S):
+        saving = peer.save(next(bench.steps), bench.state)
+        savings.append(saving)
+        window.run(loop, saving.done, no_barrier if peer.guards_steps else waits.barrier(saving.wait_staged))
+        saving.wait_durable()
+        waits.next()
+    observed = observer.stop()
+    requests = system.store.requests() - requests
+    connections = system.most_connections
+    reports = getattr(peer, "reports", {})
+    saves = []
+    for saving, waited_s in zip(savings, waits.each_s, strict=True):
+        hooked_s = reports[saving.step].hook_wait_s if saving.step in reports else 0.0
+        saves.append(
+            Save(
+                call_s=saving.returned_s,
+                staged_s=saving.staged_s,
+                durable_s=saving.durable_s,
+                wait_s=waited_s + hooked_s if loop.name == "train" else None,
+                stored_bytes=peer.stored_bytes(saving.step),
+                restore_s=verifier.check(peer, saving.step) if verifier else None,
+                one_tensor_s=verifier.read_one(peer, saving.step) if verifier and saving is savings[0] else None,
+            )
+        )
+        peer.forget(saving.step)
+    served = counted and verifier and isinstance(system.store, SinkStore)
+    plain = plain_s(system.store, saves[0].stored_bytes) if served else None
+    return Round(
+        saves=tuple(saves),
+        foreign_cores=observed.foreign_cores,
+        copy_s=copy_s,
+        cpu_s=observed.cpu_s if idle else None,
+        requests=requests,
+        connections=connections or None,
+        plain_put_s=plain[0] if plain else None,
+        plain_get_s=plain[1] if plain else None,
+        speed=None if idle or not counted else window.per_s / before.per_s,
+        gap_s=None if idle else window.longest_gap_s,
+        quiet_gap_s=None if idle else before.longest_gap_s,
+        quiet_series=[] if idle else before.series(),
+        series=[] if idle else window.series(),
+    )
+
+
+def _copied_beside(loop: Loop, verifier: Verifier) -> float:
+    """Seconds of a plain copy of the state on another thread, while this one runs the loop."""
+    found: list[float] = []
+    thread = threading.Thread(target=lambda: found.append(verifier.copy()))
+    thread.start()
+    Window().run(loop, lambda: not thread.is_alive())
+    thread.join()
+    return found[0]
+
+
+class _Waits:
+    """How long a training step was held at the barrier, for each save."""
+
+    def __init__(self) -> None:
+        self.each_s: list[float] = []
+        self._now_s = 0.0
+
+    def barrier(self, wait_staged: Callable[[], None]) -> Callable[[], None]:
+        def wait() -> None:
+            started = time.perf_counter()
+            wait_staged()
+            self._now_s += time.perf_counter() - started
+
+        return wait
+
+    def next(self) -> None:
+        self.each_s.append(self._now_s)
+        self._now_s = 0.0

@@ -1,0 +1,67 @@
+"""What connections can carry: the same number of bytes as plain HTTP, nothing encoded, nothing kept.
+
+It is the limit of a save or restore behind a slow network, with what the server and this machine's loopback cost beside it.
+"""
+
+import http.client
+import threading
+import time
+from urllib.parse import urlsplit
+
+from benchmarks.stores.s3 import SinkStore
+
+CONNECTIONS = 16
+PART_BYTES = 8 * 2**20
+
+
+def plain_s(store: SinkStore, size_bytes: int) -> tuple[float, float]:
+    """Seconds to put that many bytes in parts of 8 MiB over sixteen connections side by side, and to get them."""
+    place = store.place("plain")
+    assert place.endpoint_url is not None
+    address = urlsplit(place.endpoint_url).netloc
+    starts = range(0, size_bytes, PART_BYTES)
+    parts = [(f"/{place.bucket}/{place.prefix}/{at:012d}", min(PART_BYTES, size_bytes - at)) for at in starts]
+    body = memoryview(bytes(PART_BYTES))
+    put_s = _side_by_side(address, "PUT", parts, body)
+    get_s = _side_by_side(address, "GET", parts, body)
+    _side_by_side(address, "DELETE", parts, body)
+    return put_s, get_s
+
+
+def _side_by_side(address: str, verb: str, parts: list[tuple[str, int]], body: memoryview) -> float:
+    errors: list[BaseException] = []
+
+    def carry(mine: list[tuple[str, int]]) -> None:
+        connection = http.client.HTTPConnection(address)
+        into = bytearray(PART_BYTES) if verb == "GET" else bytearray()
+        try:
+            for path, size_bytes in mine:
+                _carry(connection, verb, path, body[:size_bytes], into)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=carry, args=(parts[n::CONNECTIONS],)) for n in range(CONNECTIONS)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return time.perf_counter() - started
+
+
+def _carry(connection: http.client.HTTPConnection, verb: str, path: str, body: memoryview, into: bytearray) -> None:
+    connection.request(verb, path, body=body if verb == "PUT" else None)
+    answer = connection.getresponse()
+    count = 0
+    while verb == "GET" and count < len(body):
+        took = answer.readinto(memoryview(into)[count:])
+        if not took:
+            break
+        count += took
+    answer.read()
+    if answer.status >= 300 or count != (len(body) if verb == "GET" else 0):
+        raise OSError(f"{verb} {path}: {answer.status} after {count} of {len(body)} bytes")

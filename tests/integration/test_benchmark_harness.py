@@ -1,0 +1,229 @@
+"""The benchmark's own sums: goals, dropped samples, and a run from the command line to its lines of JSON."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from benchmarks import peers, stores
+from benchmarks.loops import BIN_S, LOOPS, Window
+from benchmarks.measure import Spread, spread
+from benchmarks.results import Goal, Result, table
+from benchmarks.scenarios import CODECS, KINDS, SCENARIOS, Choices, names
+from benchmarks.scenarios.base import BitsDifferError, Verifier, in_child
+from benchmarks.scenarios.goals import ASYNCHRONOUS, EVERYBODY, GoalSpec, judge
+from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
+from benchmarks.states import State, StateSpec
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def one(peer: str, asynchronous: bool = True, **measures: float) -> Result:
+    spreads = {name: spread([value]) for name, value in measures.items()}
+    return Result("saves", "state", peer, spreads, settings={"asynchronous": asynchronous})
+
+
+def round_of(*durable_s: float, foreign_cores: float = 0.0, **found: float) -> Round:
+    saves = tuple(Save(call_s=0.001, staged_s=0.1, durable_s=value, stored_bytes=80) for value in durable_s)
+    return Round(saves, foreign_cores=foreign_cores, **found)
+
+
+# -- the table
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_every_scenario_names_what_exists(scenario):
+    known = CODECS if scenario.kind == "codec" else peers.NAMES
+    everybody = {*scenario.peers, *(scenario.full_peers or ())}
+    assert everybody <= set(known)
+    assert scenario.kind in KINDS
+    assert scenario.loop in LOOPS
+    assert scenario.store in (*stores.NAMES, "discard")
+    assert scenario.states
+    assert scenario.rounds > 0
+    for goal in scenario.goals:
+        assert goal.peer in scenario.peers
+        assert set(goal.against) <= {ASYNCHRONOUS, EVERYBODY, *known}
+        assert goal.text
+
+
+def test_the_quick_set_is_part_of_the_full_set():
+    assert set(names(full=False)) < set(names(full=True)) == set(SCENARIOS)
+
+
+def test_another_loop_or_store_takes_the_goals_away_and_size_scales_the_bytes():
+    scenario = SCENARIOS["python"]
+    assert Choices(ROOT).applied_to(scenario).goals
+    assert not Choices(ROOT, loop="torch").applied_to(scenario).goals
+    assert not Choices(ROOT, store="disk").applied_to(scenario).goals
+    smaller = Choices(ROOT, size=0.1, rounds=9, peers=("torch.save",)).applied_to(scenario)
+    assert smaller.states[0].raw_bytes == scenario.states[0].raw_bytes // 10
+    assert (smaller.rounds, smaller.peers) == (9, ("torch.save",))
+    assert Choices(ROOT, full=True).applied_to(scenario).peers == scenario.full_peers
+
+
+# -- goals
+
+
+def test_a_goal_against_the_best_asynchronous_peer_leaves_out_blocking_ones_and_ourselves():
+    results = [
+        one("asyncckpt", durable_s=1.0),
+        one("asyncckpt-none", durable_s=0.1),
+        one("dcp-thread", durable_s=4.0),
+        one("dcp-process", durable_s=2.0),
+        one("torch.save", asynchronous=False, durable_s=0.5),
+    ]
+    among = GoalSpec("durable", "durable_s", 0.5, against=(ASYNCHRONOUS,))
+    assert judge(among, results) == Goal("durable", 0.5, 0.5)
+    everybody = judge(GoalSpec("durable", "durable_s", 0.5, against=(EVERYBODY,)), results)
+    assert everybody is not None
+    assert (everybody.value, everybody.met) == (2.0, False)
+    other = judge(GoalSpec("durable", "durable_s", 0.5, against=("dcp-thread",), peer="asyncckpt-none"), results)
+    assert other is not None
+    assert other.value == pytest.approx(0.025)
+
+
+def test_a_goal_that_wants_more_is_beside_the_highest():
+    results = [one("asyncckpt", main_speed=0.9), one("a", main_speed=0.5), one("b", main_speed=1.0)]
+    goal = judge(GoalSpec("speed", "main_speed", 0.97, at_least=True, against=(EVERYBODY,)), results)
+    assert goal is not None
+    assert (goal.value, goal.met) == (0.9, False)
+
+
+def test_a_goal_may_divide_by_another_measure_of_the_same_system():
+    results = [one("asyncckpt", staged_s=0.11, copy_s=0.1)]
+    goal = judge(GoalSpec("snapshot", "staged_s", 1.2, of="copy_s"), results)
+    assert goal is not None
+    assert goal.value == pytest.approx(1.1)
+    assert goal.met
+
+
+def test_a_goal_without_its_figures_is_not_judged():
+    results = [one("asyncckpt", durable_s=1.0)]
+    assert judge(GoalSpec("durable", "durable_s", 1.0, against=(ASYNCHRONOUS,)), results) is None
+    assert judge(GoalSpec("restore", "restore_s", 1.0), results) is None
+    assert judge(GoalSpec("durable", "durable_s", 1.0, peer="asyncckpt-none"), results) is None
+
+
+# -- samples
+
+
+def test_disturbed_rounds_are_dropped_and_counted():
+    samples = Samples([round_of(1.0), round_of(9.0, 9.0, foreign_cores=FOREIGN_CORES * 2), round_of(3.0)])
+    found = samples.measures(100)
+    assert found["durable_s"] == Spread(2.0, 1.0, 3.0, 2)
+    assert (found["saves"], found["dropped"]) == (2.0, 2.0)
+    assert found["foreign_cores"] == 0.0
+    assert found["stored_ratio"] == Spread(0.8, 0.8, 0.8, 2)
+
+
+def test_when_all_are_disturbed_all_count():
+    found = Samples([round_of(1.0, foreign_cores=1.0), round_of(2.0, foreign_cores=1.5)]).measures(100)
+    assert (found["saves"], found["dropped"], found["foreign_cores"]) == (2.0, 0.0, 1.5)
+
+
+def test_what_was_not_measured_is_no_measure():
+    found = Samples([round_of(1.0)]).measures(100)
+    assert not {"restore_s", "main_speed", "wait_s", "cpu_s_per_gb", "requests"} & set(found)
+    busy = Samples([round_of(1.0, speed=0.9, gap_s=0.03, quiet_gap_s=0.01)]).measures(100)
+    assert busy["gap_above_quiet_s"] == pytest.approx(0.02)
+
+
+def test_an_error_of_any_kind_is_the_systems_but_an_interrupt_is_not():
+    class Odd(BaseException):
+        pass
+
+    samples = Samples()
+    with samples.failing(BitsDifferError):
+        raise Odd("first line\nthe cause")
+    assert samples.error == "Odd: the cause"
+    with pytest.raises(BitsDifferError), samples.failing(BitsDifferError):
+        raise BitsDifferError("never hidden")
+    with pytest.raises(KeyboardInterrupt), samples.failing():
+        raise KeyboardInterrupt
+
+
+def test_a_window_counts_iterations_in_bins_of_50_ms():
+    window = Window()
+    done = threading.Event()
+    timer = threading.Timer(4 * BIN_S, done.set)
+    timer.start()
+    window.run(LOOPS["python"](), done.is_set)
+    timer.join()
+    series = window.series()
+    assert sum(window.bins) == window.iterations
+    assert [x for x, _ in series] == [round(number * BIN_S, 3) for number in range(len(series))]
+    assert len(series) >= 3
+
+
+# -- checks
+
+
+class Forgetful:
+    """Restores zeros."""
+
+    name = "forgetful"
+
+    def restore(self, _step: int, state: State) -> None:
+        for tensor in state.tensors():
+            tensor.zero_()
+
+
+def test_a_wrong_restore_ends_the_run_also_in_a_child(capfd):
+    import torch
+
+    state = State(torch.nn.Linear(3, 3))
+    with pytest.raises(BitsDifferError, match="forgetful, step 7: 2 tensors differ"):
+        Verifier(state).check(Forgetful(), 7)
+    with pytest.raises(BitsDifferError, match="in a child"):
+        in_child(lambda: Verifier(state).check(Forgetful(), 7))
+    assert "2 tensors differ" in capfd.readouterr().err
+    in_child(lambda: None)
+
+
+def test_a_table_shows_systems_as_columns_and_says_who_did_not_run():
+    absent = Result("saves", "state", "absent", {}, error="ImportError: not installed")
+    text = table([one("asyncckpt", durable_s=0.5, stored_bytes=2e6), one("other", durable_s=2.0), absent])
+    lines = text.splitlines()
+    assert lines[2].split() == ["asyncckpt", "other"]
+    assert lines[3].split() == ["durable_s", "500", "ms", "2.00", "s"]
+    assert lines[4].split() == ["stored_bytes", "2.0", "MB", "-"]
+    assert lines[5] == "absent did not run: ImportError: not installed"
+
+
+def test_states_scale():
+    spec = StateSpec("state", 1000, 10)
+    assert spec.resized(0.1) == StateSpec("state", 100, 10)
+
+
+# -- from the command line
+
+
+@pytest.mark.slow
+def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
+    file, folder = tmp_path / "results.jsonl", tmp_path / "scratch"
+    options = ["--size", "0.01", "--rounds", "1", "--peers", "asyncckpt,torch.save", "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.bench", "idle", "flat", *options, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "idle: 1 GB beside an idle main thread" in done.stdout
+    assert "flat: memory and descriptors" in done.stdout
+    assert "idle        1/1  torch.save" in done.stderr
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    pairs = [(line["scenario"], line["peer"]) for line in lines]
+    assert pairs == [("idle", "asyncckpt"), ("idle", "torch.save"), ("flat", "asyncckpt"), ("flat", "torch.save")]
+    for line in lines:
+        expected = (
+            "scenario about state store loop peer measures series goals settings error date command values machine"
+        )
+        assert set(line) == set(expected.split())
+        assert line["error"] is None
+        assert line["machine"]["cores"]
+    assert lines[0]["measures"]["durable_s"]["samples"] == 1
+    assert lines[0]["settings"]["asynchronous"] is True
+    assert {goal["text"] for goal in lines[0]["goals"]} == {"restore, verified, of torch.load(mmap=True)'s"}
+    assert len(lines[2]["series"]["memory_bytes_over_saves"]) == 2
+    assert not list(folder.iterdir()), "nothing is left behind"
