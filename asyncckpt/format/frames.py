@@ -55,6 +55,7 @@ class Encoder:
         parameters = zstandard.ZstdCompressionParameters(**_BLOCK_PARAMETERS)
         self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
         self._scratch = memoryview(bytearray(BLOCK_BYTES))
+        self._spare = np.empty(planes.SPARE_BYTES, np.uint8)
 
     def encode_header(self, header: bytes) -> Buffer:
         """The header as it is stored."""
@@ -69,7 +70,7 @@ class Encoder:
         offset, size = block.pieces[0]
         split = self._scratch[:size]
         source = np.frombuffer(arena, np.uint8, size, offset)
-        planes.split(source, block.plane_bytes, np.frombuffer(split, np.uint8))
+        planes.split(source, block.plane_bytes, np.frombuffer(split, np.uint8), self._spare)
         plane = size // block.plane_bytes
         frames: list[Buffer] = [
             self._compressor.compress(split[start : start + plane]) for start in range(0, size, plane)
@@ -178,11 +179,12 @@ def decode_block(frames: Sequence[Buffer], plane_bytes: int, raw_bytes: int, out
         return
     if plane_bytes not in planes.ELEMENT_BYTES or raw_bytes > BLOCK_BYTES:
         raise CorruptCheckpointError(f"a block of {raw_bytes} bytes in {plane_bytes} planes cannot be")
-    scratch = _scratch()[:raw_bytes]
+    scratch = _scratch()
     plane = raw_bytes // plane_bytes
     for number, frame in enumerate(frames):
         decode_frame(frame, scratch[number * plane : (number + 1) * plane])
-    planes.merge(np.frombuffer(scratch, np.uint8), plane_bytes, np.frombuffer(out, np.uint8))
+    spare = np.frombuffer(scratch, np.uint8, planes.SPARE_BYTES, BLOCK_BYTES)
+    planes.merge(np.frombuffer(scratch, np.uint8, raw_bytes), plane_bytes, np.frombuffer(out, np.uint8), spare)
 
 
 def compress(data: bytes) -> bytes:
@@ -214,7 +216,7 @@ def _scratch() -> memoryview:
     found: memoryview | None = getattr(_of_thread, "scratch", None)
     if found is None:
         # a map, not malloc's: restores run on new threads each, and glibc keeps in a thread's arena what was freed there
-        memory = mmap.mmap(-1, BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, BLOCK_BYTES + planes.SPARE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         found = _of_thread.scratch = memoryview(memory)
     return found
 

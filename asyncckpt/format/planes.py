@@ -1,6 +1,6 @@
 """Byte planes: byte 0 of every element, then byte 1, and so on. Signs and exponents end up side by side and compress.
 
-Shift-and-cast runs at memory speed where a strided copy does not: 10 to 20 GB/s against 4 for 2 and 4 byte elements.
+Shift-and-cast by halves of 16 bits runs at 5 to 18 GB/s a core where a strided copy makes 3.5: its loops are vectorised.
 """
 
 from typing import Any
@@ -10,39 +10,62 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-_PIECE = 1 << 16  # elements; input and outputs of a piece stay in the L2 cache
+_PIECE_BYTES = 1 << 20  # a few long operations: each gives the GIL away and must get it back
+SPARE_BYTES = 2 * _PIECE_BYTES
 ELEMENT_BYTES = (2, 4, 8)
 _WORDS: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def split(src: Bytes, element_bytes: int, out: Bytes) -> None:
-    """Write the planes of `src` into `out`, of the same length: a multiple of `element_bytes` (2, 4 or 8)."""
+def split(src: Bytes, element_bytes: int, out: Bytes, spare: Bytes) -> None:
+    """Write the planes of `src` into `out`, of the same length: a multiple of `element_bytes` (2, 4 or 8).
+
+    `spare`: `SPARE_BYTES` of the calling thread's own, for what lies between.
+    """
     words = src.view(_WORDS[element_bytes])
-    planes = out.reshape(element_bytes, len(words))
-    for start in range(0, len(words), _PIECE):
-        piece = words[start : start + _PIECE]
+    table = out.reshape(element_bytes, len(words))
+    upper, halves = spare[:_PIECE_BYTES].view(words.dtype), spare[_PIECE_BYTES:SPARE_BYTES].view(np.uint16)
+    step = _PIECE_BYTES // element_bytes
+    for start in range(0, len(words), step):
+        piece = words[start : start + step]
         stop = start + len(piece)
-        planes[0, start:stop] = piece
-        for byte in range(1, element_bytes):
-            np.right_shift(piece, 8 * byte, out=planes[byte, start:stop], casting="unsafe")
+        half = halves[: len(piece)]
+        for byte in range(0, element_bytes, 2):
+            low = piece
+            if byte:
+                low = np.right_shift(piece, 8 * byte, out=upper[: len(piece)])
+            if element_bytes > 2:
+                half[...] = low
+                low = half
+            table[byte, start:stop] = low
+            table[byte + 1, start:stop] = np.right_shift(low, 8, out=half)
 
 
-def merge(planes: Bytes, element_bytes: int, out: Bytes) -> None:
+def merge(planes: Bytes, element_bytes: int, out: Bytes, spare: Bytes) -> None:
     """Mirror of `split`."""
     count = len(out) // element_bytes
     table = planes.reshape(element_bytes, count)
-    if element_bytes == 8 or out.ctypes.data % element_bytes:
+    if out.ctypes.data % element_bytes:
         elements = out.reshape(count, element_bytes)
         for byte in range(element_bytes):
             elements[:, byte] = table[byte]
         return
     words = out.view(_WORDS[element_bytes])
-    shifted = np.empty(min(_PIECE, count), words.dtype)
-    for start in range(0, count, _PIECE):
-        piece = words[start : start + _PIECE]
+    highs, lows = spare[:_PIECE_BYTES].view(np.uint16), spare[_PIECE_BYTES:SPARE_BYTES].view(np.uint16)
+    step = _PIECE_BYTES // element_bytes
+    for start in range(0, count, step):
+        piece = words[start : start + step]
         stop = start + len(piece)
-        part = shifted[: len(piece)]
-        piece[...] = table[0, start:stop]
-        for byte in range(1, element_bytes):
-            np.left_shift(table[byte, start:stop], 8 * byte, out=part, dtype=words.dtype)
-            np.bitwise_or(piece, part, out=piece)
+        high, low = highs[: len(piece)], lows[: len(piece)]
+        for byte in range(element_bytes - 2, -1, -2):
+            high[...] = table[byte + 1, start:stop]
+            np.left_shift(high, 8, out=high)
+            low[...] = table[byte, start:stop]
+            if element_bytes == 2:
+                np.bitwise_or(high, low, out=piece)
+                continue
+            np.bitwise_or(high, low, out=high)
+            if byte == element_bytes - 2:
+                piece[...] = high
+            else:
+                np.left_shift(piece, 16, out=piece)
+                np.bitwise_or(piece, high, out=piece)

@@ -18,6 +18,7 @@ WHOLE = "Codec, whole, one thread"
 _SAMPLE_BYTES = 128 * 2**20  # of planes kept beside the state
 _ZSTD_BLOCK_BYTES = 2**17
 _PLANES_BYTES = 64 * 2**20  # what one plane is repeated to
+_SPARE = np.empty(planes.SPARE_BYTES, np.uint8)
 
 
 def parts(bench: Bench, plan: Plan, arena: memoryview, memcpy: Stage, read: Stage) -> dict[str, Stage]:
@@ -42,7 +43,7 @@ def parts(bench: Bench, plan: Plan, arena: memoryview, memcpy: Stage, read: Stag
     def all_pieces(change, element_bytes: int) -> None:
         for start in range(0, len(source), BLOCK_BYTES):
             piece = source[start : start + BLOCK_BYTES]
-            change(piece, element_bytes, scratch[: len(piece)])
+            change(piece, element_bytes, scratch[: len(piece)], _SPARE)
 
     def compress_all() -> None:
         for pieces in sample:
@@ -69,7 +70,7 @@ def parts(bench: Bench, plan: Plan, arena: memoryview, memcpy: Stage, read: Stag
 def _split(block: Block, arena: memoryview) -> list[np.ndarray]:
     offset, size = block.pieces[0]
     out = np.empty(size, np.uint8)
-    planes.split(np.frombuffer(arena, np.uint8, size, offset), block.plane_bytes, out)
+    planes.split(np.frombuffer(arena, np.uint8, size, offset), block.plane_bytes, out, _SPARE)
     return list(out.reshape(block.plane_bytes, -1))
 
 
@@ -86,7 +87,7 @@ def of_planes(bench: Bench, memcpy: Stage) -> Iterator[Stage]:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         element_bytes = flat.element_size()
         split = np.empty(flat.nbytes, np.uint8)
-        planes.split(flat.view(torch.uint8).numpy(), element_bytes, split)
+        planes.split(flat.view(torch.uint8).numpy(), element_bytes, split, _SPARE)
         for number, plane in enumerate(split.reshape(element_bytes, -1)):
             piece_bytes = BLOCK_BYTES // element_bytes
             pieces = [plane[start : start + piece_bytes] for start in range(0, len(plane), piece_bytes)]

@@ -10,7 +10,7 @@ from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import compress, decompress, encode_shard
 from asyncckpt.format.index import Index
-from asyncckpt.format.planes import merge, split
+from asyncckpt.format.planes import SPARE_BYTES, merge, split
 from asyncckpt.format.shard import parse_header
 from tests.unit.format.checkpoints import MIXED, load, store, structure_of
 
@@ -141,12 +141,13 @@ def test_planes_are_split_and_merged(element_bytes, count):
 
     plain = np.random.default_rng(1).integers(0, 256, count * element_bytes, np.uint8)
     planes, back = np.empty_like(plain), np.empty_like(plain)
-    split(plain, element_bytes, planes)
+    spare = np.empty(SPARE_BYTES, np.uint8)
+    split(plain, element_bytes, planes, spare)
     assert (planes.reshape(element_bytes, count) == plain.reshape(count, element_bytes).T).all()
-    merge(planes, element_bytes, back)
+    merge(planes, element_bytes, back, spare)
     assert (back == plain).all()
     unaligned = np.empty(len(plain) + 1, np.uint8)[1:]
-    merge(planes, element_bytes, unaligned)
+    merge(planes, element_bytes, unaligned, spare)
     assert (unaligned == plain).all()
 
 
