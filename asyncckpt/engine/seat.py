@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from asyncckpt.engine.schedule import Task
@@ -49,6 +50,18 @@ class Seat:
             self.known.discard((kind, message[kind]))
             self._post(message, [])
 
+    def rest(self) -> None:
+        """Nothing is in flight: memory that was kept for the next frame goes back."""
+        self._post({"op": "rest"}, [])
+
+    def runnable_threads(self) -> int:
+        """How many of the worker's threads run or want to."""
+        count = 0
+        with contextlib.suppress(OSError):  # it ended meanwhile, or one of its threads
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                count += (task / "stat").read_bytes().rpartition(b")")[2].split(None, 1)[0] == b"R"
+        return count
+
     def flush(self) -> None:
         """Send what did not fit before."""
         with contextlib.suppress(ConnectionError):
@@ -57,6 +70,12 @@ class Seat:
     def _post(self, message: Message, fds: Sequence[int]) -> None:
         with contextlib.suppress(ConnectionError):
             self.channel.post(message, fds)
+
+
+def runnable_threads() -> int:
+    """How many threads of this host run or want to."""
+    with Path("/proc/loadavg").open() as file:
+        return int(file.read().split()[3].partition("/")[0])
 
 
 def hire(hello: dict[str, Any], rules: Sequence[KeepRule]) -> Seat:

@@ -11,13 +11,12 @@ import selectors
 import signal
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
-from asyncckpt.engine.seat import Seat, hire
+from asyncckpt.engine.seat import Seat, hire, runnable_threads
 from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
@@ -146,6 +145,10 @@ class Service:
         elif ended.outcome is not None:
             message["outcome"] = ended.outcome.to_json()
         self._tell(message)
+        if self._schedule.idle:
+            for seat in self._seats:
+                seat.rest()
+                self._watch_seat(seat)
 
     # -- the workers
 
@@ -153,8 +156,8 @@ class Service:
         while True:
             free = [seat for seat in self._seats if not seat.encoding]
             room = bool(free) or len(self._seats) < self._hello["workers"]
-            # one encoder always; more of them only while the trainer leaves a core idle
-            task = self._schedule.next(encoder_free=room and (len(free) == len(self._seats) or has_idle_core()))
+            # one encoder always; more of them only while others leave a core idle
+            task = self._schedule.next(encoder_free=room and (len(free) == len(self._seats) or self._has_idle_core()))
             if task is None:
                 return
             if not free and len(self._seats) < self._hello["workers"]:
@@ -165,6 +168,11 @@ class Service:
                         raise
                     self._hello["workers"] = len(self._seats)  # the limit of processes: go on with those there are
             self._give(min(free or self._seats, key=lambda seat: len(seat.tasks)), task)
+
+    def _has_idle_core(self) -> bool:
+        """Whether those who are not ours leave a core to one more encoder, at this moment."""
+        strangers = runnable_threads() - 1 - sum(seat.runnable_threads() for seat in self._seats)  # 1: this thread
+        return strangers + sum(seat.encoding for seat in self._seats) < (os.cpu_count() or 1)
 
     def _hire(self) -> Seat:
         seat = hire(self._hello, self._rules)
@@ -270,13 +278,6 @@ class Service:
         for pid in list(self._dying):
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
                 self._dying.discard(pid)
-
-
-def has_idle_core() -> bool:
-    """Whether fewer threads of this host want to run than it has cores, at this moment and without us."""
-    with Path("/proc/loadavg").open() as file:
-        runnable = int(file.read().split()[3].partition("/")[0])
-    return runnable - 1 < (os.cpu_count() or 1)
 
 
 def main(fd: int) -> None:

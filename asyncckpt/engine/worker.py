@@ -154,7 +154,6 @@ class _Worker:
         pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
         self._runner = TaskRunner(store, rules, pipeline, self._answer)
         self._arenas: dict[int, mmap.mmap] = {}
-        self._open: set[int] = set()  # tasks without an answer
 
     def serve(self) -> None:
         while (messages := self._channel.receive()) is not None:
@@ -180,6 +179,9 @@ class _Worker:
     def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
         self._arenas[message["arena"]] = mmap.mmap(fds[0], message["bytes"])
 
+    def _on_rest(self, _: dict[str, Any], __: list[int]) -> None:
+        _give_back_freed_memory()
+
     def _on_forget_arena(self, message: dict[str, Any], _: list[int]) -> None:
         memory = self._arenas.pop(message["arena"], None)
         if memory is not None:
@@ -188,7 +190,6 @@ class _Worker:
 
     def _on_task(self, message: dict[str, Any], fds: list[int]) -> None:
         task, job = message["task"], SaveJob.from_json(message["job"])
-        self._open.add(task)
         if message["kind"] == "shard":
             self._runner.shard(task, job, message["shard"], memoryview(self._arenas[job.arena]))
         elif message["kind"] == "commit":
@@ -200,10 +201,6 @@ class _Worker:
     def _answer(self, task: int, kind: str, data: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
             self._channel.send({"op": kind, "task": task, "data": data})
-        if kind in ("done", "failed"):
-            self._open.discard(task)
-            if not self._open:
-                _give_back_freed_memory()
 
     def _retried(self, event: StoreRetried) -> None:
         data = {name: getattr(event, name) for name in StoreRetried.__slots__}
