@@ -109,6 +109,8 @@ class _Fetch:
         self._target = target
         self._progress = progress
         self._lock = threading.Lock()
+        # more decoders than cores would only take the GIL and the caches from each other
+        self._decoding = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
         self._next = 0
         self._done_bytes = 0
         self._error: BaseException | None = None
@@ -169,11 +171,12 @@ class _Fetch:
             return
         data = stored.take(request.stored_bytes)
         self._read(request, data)
-        for block in request.blocks:
-            if self._error is not None:
-                return
-            self._decode(block, data[block.stored_offset - request.offset :], plain)
-            self._landed(block)
+        with self._decoding:
+            for block in request.blocks:
+                if self._error is not None:
+                    return
+                self._decode(block, data[block.stored_offset - request.offset :], plain)
+                self._landed(block)
 
     def _read(self, request: Request, target: memoryview) -> None:
         try:
