@@ -12,6 +12,7 @@ nothing else: the row foreign_cores says how many cores other processes took mea
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ _MEMORY = Path("/dev/shm")
 
 def main() -> int:
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that folders and servers go
     if args.list:
         print(_listed())
         return 0
@@ -61,9 +63,18 @@ def _each_alone(names: tuple[str, ...]) -> int:
     for name in names:
         print(f"{time.monotonic() - began:5.0f} s  {name}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.bench", *options, "--", name]
-        codes.append(subprocess.run(command, cwd=_ROOT, check=False).returncode)
+        codes.append(_run(command))
     print(f"{time.monotonic() - began:5.0f} s  all", file=sys.stderr, flush=True)
     return max(codes)
+
+
+def _run(command: list[str]) -> int:
+    child = subprocess.Popen(command, cwd=_ROOT)
+    try:
+        return child.wait()
+    finally:
+        child.terminate()  # if we are told to end, it is told too, and cleans up
+        child.wait()
 
 
 def _listed() -> str:

@@ -98,6 +98,16 @@ class State:
             optimizer.state[mine] = {name: torch.empty_like(tensor) for name, tensor in moments.items()}
         return State(model, optimizer)
 
+    def held(self) -> list[dict[str, torch.Tensor]]:
+        """The optimizer's state of each parameter, as it is now."""
+        return [] if self.optimizer is None else [dict(held) for held in self.optimizer.state.values()]
+
+    def hold(self, held: list[dict[str, torch.Tensor]]) -> None:
+        """Give the optimizer these tensors again: torch's own `load_state_dict` left views of the loaded file in their places."""
+        if self.optimizer is not None:
+            for parameter, own in zip(list(self.optimizer.state), held, strict=True):
+                self.optimizer.state[parameter] = dict(own)
+
     def differs_from(self, other: "State") -> list[int]:
         """Positions of the tensors whose bits differ."""
         pairs = zip(self.tensors(), other.tensors(), strict=True)

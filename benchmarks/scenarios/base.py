@@ -182,9 +182,11 @@ class Verifier:
         self._state = state
         self._twin = state.twin()
         self._twin.scrub()
+        self._own = self._twin.held()
 
     def check(self, peer: Peer, step: int) -> float:
         """The state as it is now is what `step` must hold. Returns the seconds of the restore alone."""
+        self._twin.hold(self._own)
         self._twin.scrub()
         started = time.perf_counter()
         peer.restore(step, self._twin)
@@ -210,6 +212,7 @@ class Verifier:
     @torch.no_grad()
     def copy(self) -> float:
         """Seconds of one plain copy of the state into memory that exists already."""
+        self._twin.hold(self._own)
         targets, sources = self._twin.tensors(), self._state.tensors()
         started = time.perf_counter()
         torch._foreach_copy_(targets, sources)
