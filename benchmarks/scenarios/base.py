@@ -178,8 +178,9 @@ class BitsDifferError(Exception):
 class Verifier:
     """Restores saves into a second state, which held nothing correct before, and compares every bit."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, warm: Callable[[State], None] = lambda _: None) -> None:
         self._state = state
+        self._warm = warm
         self._twin = state.twin()
         self._twin.scrub()
         self._own = self._twin.held()
@@ -188,6 +189,7 @@ class Verifier:
         """The state as it is now is what `step` must hold. Returns the seconds of the restore alone."""
         self._twin.hold(self._own)
         self._twin.scrub()
+        self._warm(self._state)
         started = time.perf_counter()
         peer.restore(step, self._twin)
         restore_s = time.perf_counter() - started

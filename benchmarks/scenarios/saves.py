@@ -62,7 +62,7 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
     try:
         _room(scenario, spec)
         state = build(spec)
-        bench = _Bench(state, LOOPS[scenario.loop](), Verifier(state) if scenario.verified else None)
+        bench = _Bench(state, LOOPS[scenario.loop](), Verifier(state, context.warm) if scenario.verified else None)
         for name, kept in samples.items():
             with kept.failing():
                 opened[name] = context.open(name)
