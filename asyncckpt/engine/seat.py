@@ -78,6 +78,15 @@ def runnable_threads() -> int:
         return int(file.read().split()[3].partition("/")[0])
 
 
+def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> bool:
+    """Whether strangers leave a core to one more encoder.
+
+    `runnable`: threads of this host, the asking one included; `own`: those of our workers. Their uploads are no strangers:
+    counted as such they would keep the second encoder waiting for ever.
+    """
+    return runnable - 1 - own + encoders < cores
+
+
 def hire(hello: dict[str, Any], rules: Sequence[KeepRule]) -> Seat:
     """Fork a worker. The caller has no threads."""
     ours, theirs = pair()

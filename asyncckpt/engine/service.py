@@ -16,7 +16,7 @@ from typing import Any
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
-from asyncckpt.engine.seat import Seat, hire, runnable_threads
+from asyncckpt.engine.seat import Seat, hire, room_for_one_more, runnable_threads
 from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
@@ -170,9 +170,9 @@ class Service:
             self._give(min(free or self._seats, key=lambda seat: len(seat.tasks)), task)
 
     def _has_idle_core(self) -> bool:
-        """Whether those who are not ours leave a core to one more encoder, at this moment."""
-        strangers = runnable_threads() - 1 - sum(seat.runnable_threads() for seat in self._seats)  # 1: this thread
-        return strangers + sum(seat.encoding for seat in self._seats) < (os.cpu_count() or 1)
+        own = sum(seat.runnable_threads() for seat in self._seats)
+        encoders = sum(seat.encoding for seat in self._seats)
+        return room_for_one_more(runnable_threads(), own, encoders, os.cpu_count() or 1)
 
     def _hire(self) -> Seat:
         seat = hire(self._hello, self._rules)
