@@ -98,7 +98,7 @@ class StoreRetried(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReplaced(Event):
-    """A worker died or hung, and another took its task."""
+    """A worker died or hung, and another took its task; or it got no core, and the next ones yield less."""
 
     reason: str
 

@@ -11,12 +11,13 @@ import selectors
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
-from asyncckpt.engine.seat import Seat, hire, room_for_one_more, runnable_threads
+from asyncckpt.engine.seat import STARVED_NICE, Seat, hire, may_encode_more
 from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
@@ -34,6 +35,7 @@ class Service:
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
         self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
         self._seats: list[Seat] = []
+        self._nice: int = hello["nice"]
         self._structures: dict[int, int] = {}
         self._arenas: dict[int, tuple[int, int]] = {}
         self._states: dict[int, int] = {}
@@ -105,14 +107,14 @@ class Service:
 
     def _on_forget_structure(self, message: dict[str, Any], _: list[int]) -> None:
         os.close(self._structures.pop(message["structure"]))
-        self._to_all(message)
+        self._each(lambda seat: seat.forget(message))
 
     def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
         self._arenas[message["arena"]] = (fds[0], message["bytes"])
 
     def _on_forget_arena(self, message: dict[str, Any], _: list[int]) -> None:
         os.close(self._arenas.pop(message["arena"])[0])
-        self._to_all(message)
+        self._each(lambda seat: seat.forget(message))
 
     def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
         job = SaveJob.from_json(message["job"])
@@ -124,10 +126,7 @@ class Service:
             return
         self._said_s = time.monotonic()
         try:
-            if message is None:
-                self._trainer.flush()
-            else:
-                self._trainer.post(message)
+            self._trainer.flush() if message is None else self._trainer.post(message)
         except ConnectionError:
             self._trainer_died()
             return
@@ -146,36 +145,30 @@ class Service:
             message["outcome"] = ended.outcome.to_json()
         self._tell(message)
         if self._schedule.idle:
-            for seat in self._seats:
-                seat.rest()
-                self._watch_seat(seat)
+            self._each(Seat.rest)
 
     # -- the workers
 
     def _dispatch(self) -> None:
         while True:
-            free = [seat for seat in self._seats if not seat.encoding]
-            room = bool(free) or len(self._seats) < self._hello["workers"]
+            crew = [seat for seat in self._seats if seat.nice <= self._nice]
+            free = [seat for seat in crew if not seat.encoding]
+            hiring = not free and len(crew) < self._hello["workers"]
             # one encoder always; more of them only while others leave a core idle
-            task = self._schedule.next(encoder_free=room and (len(free) == len(self._seats) or self._has_idle_core()))
+            task = self._schedule.next(encoder_free=(bool(free) or hiring) and (free == crew or may_encode_more(crew)))
             if task is None:
                 return
-            if not free and len(self._seats) < self._hello["workers"]:
+            if hiring:
                 try:
                     free = [self._hire()]
                 except OSError:
                     if not self._seats:
                         raise
-                    self._hello["workers"] = len(self._seats)  # the limit of processes: go on with those there are
-            self._give(min(free or self._seats, key=lambda seat: len(seat.tasks)), task)
-
-    def _has_idle_core(self) -> bool:
-        own = sum(seat.runnable_threads() for seat in self._seats)
-        encoders = sum(seat.encoding for seat in self._seats)
-        return room_for_one_more(runnable_threads(), own, encoders, os.cpu_count() or 1)
+                    self._hello["workers"] = len(crew)  # the limit of processes: go on with those there are
+            self._give(min(free or crew or self._seats, key=lambda seat: len(seat.tasks)), task)
 
     def _hire(self) -> Seat:
-        seat = hire(self._hello, self._rules)
+        seat = hire(self._hello | {"nice": self._nice}, self._rules)
         self._seats.append(seat)
         self._selector.register(seat.channel, selectors.EVENT_READ, seat)
         return seat
@@ -197,9 +190,9 @@ class Service:
         seat.give(task, message, fds)
         self._watch_seat(seat)
 
-    def _to_all(self, message: dict[str, Any]) -> None:
+    def _each(self, act: Callable[[Seat], None]) -> None:
         for seat in self._seats:
-            seat.forget(message)
+            act(seat)
             self._watch_seat(seat)
 
     def _watch_seat(self, seat: Seat) -> None:
@@ -253,6 +246,13 @@ class Service:
         for seat in list(self._seats):
             if seat.tasks and now - seat.heard_s > self._hello["hang_s"]:
                 self._replace(seat, f"gave no sign of life for {self._hello['hang_s']:.0f} s")
+            elif seat.nice > self._nice and not seat.tasks:
+                self._dismiss(seat)
+            elif seat.nice > STARVED_NICE and seat.starves(now):
+                self._nice = STARVED_NICE  # from now on; it may end what it has begun
+                self._tell(
+                    {"op": "worker_replaced", "reason": f"worker {seat.pid} waited for a core: nice {self._nice}"}
+                )
         if not self._schedule.idle and now - self._said_s > self._hello["alive_s"]:
             self._tell({"op": "alive"})
         self._reap()

@@ -1,0 +1,40 @@
+"""Workers yield to everybody; on a machine whose cores are all busy they must not yield for ever."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import asyncckpt
+from asyncckpt import Saver, events
+from asyncckpt.engine.seat import STARVED_NICE
+from tests.processes import children, services
+
+
+@pytest.fixture
+def busy_cores():
+    """Every core computes for somebody else, twice."""
+    spin = "while True: pass"
+    strangers = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for stranger in strangers:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_worker_that_gets_no_core_is_followed_by_one_that_yields_less(tmp_path, busy_cores):
+    seen = []
+    state = {"model": {str(at): torch.randn(4_000_000) for at in range(12)}}  # 192 MB, some tenths of a second alone
+    with Saver(tmp_path, hooks=[seen.append]) as saver:
+        save = saver.save(1, state)
+        save.result(120)
+        (service,) = services(os.getpid())
+        kept = [os.getpriority(os.PRIO_PROCESS, worker) - os.nice(0) for worker in children(service)]
+    (replaced,) = [event for event in seen if isinstance(event, events.WorkerReplaced)]
+    assert "waited for a core" in replaced.reason
+    assert kept
+    assert set(kept) == {STARVED_NICE}
+    loaded = asyncckpt.load(tmp_path, step=1)
+    assert all(torch.equal(loaded["model"][name], tensor) for name, tensor in state["model"].items())
