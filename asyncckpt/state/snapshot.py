@@ -23,6 +23,7 @@ from asyncckpt.errors import ForkedSaverError, SnapshotError, TornSnapshotError,
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
 from asyncckpt.state.parts import Parts, Views, Work, cut, devices_of
+from asyncckpt.state.threads import within_idle_cores
 from asyncckpt.state.witness import Ahead, freed
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
@@ -114,7 +115,7 @@ class Copy:
 
     def _copy(self) -> None:
         assert self._work is not None
-        with torch.no_grad():
+        with torch.no_grad(), within_idle_cores():
             self._work.copy()
             self._enqueued.set()
             self._work.synchronize()

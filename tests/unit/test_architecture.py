@@ -30,6 +30,7 @@ HOMES = {  # library -> the only files that may import it
     "blake3": {"format/digest.py"},
     "zstandard": {"format/frames.py"},
     "tenacity": {"store/retry.py"},
+    "threadpoolctl": {"state/threads.py"},
     "boto3": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},
     "botocore": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},
 }
