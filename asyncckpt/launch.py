@@ -8,7 +8,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ import asyncckpt
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena, ArenaPool
 from asyncckpt.engine.client import Listener, ServiceEngine
-from asyncckpt.engine.fetch import Provider, anonymous_map
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.format.plan import Plan, Structure, plan
@@ -132,25 +131,6 @@ class Launcher:
         self._touching.append(thread)
         for arena in fresh:
             self._arenas.give_back(arena)
-
-    @contextlib.contextmanager
-    def lent_memory(self) -> Iterator[Provider]:
-        """Memory for a restore: an idle arena, whose pages then exist already at the first save; else memory of its own."""
-        lent: list[Arena] = []
-
-        def provide(size_bytes: int) -> memoryview:
-            with contextlib.suppress(OSError, MemoryError, OverflowError, ValueError):
-                arena = self._arenas.lend(size_bytes + size_bytes // 50)  # a plan adds its digests
-                if arena is not None:
-                    lent.append(arena)
-                    return memoryview(arena.buffer)[:size_bytes]
-            return anonymous_map(size_bytes)
-
-        try:
-            yield provide
-        finally:
-            for arena in lent:
-                self._arenas.give_back(arena)
 
     def close(self, *, wait: bool) -> None:
         """End the engine and free the arenas; saves without an answer are finished by the service."""

@@ -13,7 +13,7 @@ import torch
 
 from asyncckpt import errors, events
 from asyncckpt.engine.catalog import read_index, read_record, read_values
-from asyncckpt.engine.fetch import Provider, fetch
+from asyncckpt.engine.fetch import fetch
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
@@ -106,12 +106,8 @@ def restore_from(
     step: StepChoice = "latest",
     strict: bool = True,
     hooks: events.Hooks = SILENT,
-    into: Provider | None = None,
 ) -> Outcome:
-    """`restore` from an open store; without a checkpoint (or one that `Best` can choose from) nothing is restored.
-
-    `into`: makes the memory where the bytes are verified before they reach the objects.
-    """
+    """`restore` from an open store; without a checkpoint (or one that `Best` can choose from) nothing is restored."""
     if not isinstance(state, Mapping):
         raise errors.StateMismatchError(
             f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
@@ -121,7 +117,7 @@ def restore_from(
         record = read_record(store, number)
         index = read_index(store, record)
         wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
-        tensors = fetch_tensors(store, index, wanted.paths, step=number, hooks=hooks, into=into)
+        tensors = fetch_tensors(store, index, wanted.paths, step=number, hooks=hooks)
         wanted.apply(tensors.__getitem__)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
@@ -154,7 +150,6 @@ def fetch_tensors(
     step: int,
     hooks: events.Hooks = SILENT,
     map_location: str | torch.device = "cpu",
-    into: Provider | None = None,
 ) -> dict[str, torch.Tensor]:
     """Verified tensors by path, views of one block of memory; tied ones are one object."""
     with bar(0, f"restoring step {step}") as shown:
@@ -164,7 +159,7 @@ def fetch_tensors(
             shown.total = total_bytes
             shown.update(done_bytes - shown.n)
 
-        fetched = fetch(store, index, paths, progress=progress, into=into)
+        fetched = fetch(store, index, paths, progress=progress)
     made: dict[str, torch.Tensor] = {}
     found = {}
     for path, data in fetched.tensors.items():

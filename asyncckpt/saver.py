@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -191,8 +190,7 @@ class Saver:
         step that exists raises, so that a branch is never lost silently; `Run.rewind` takes the newer ones away.
         """
         self._check_usable()
-        with self._launcher.lent_memory() if rank() == 0 else nullcontext() as memory:
-            found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks, into=memory)
+        found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks)
         if rank() == 0:
             for damaged in found.damaged:
                 mark_damaged(self._store, damaged)

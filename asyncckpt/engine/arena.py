@@ -78,7 +78,7 @@ class Arena:
             self.fd = None
 
     def close(self) -> None:
-        """Unmap and free. No copy may be under way; a view that a failed restore's traceback holds unmaps when it goes."""
+        """Unmap and free. Views must be gone."""
         if self._closed:
             return
         self._closed = True
@@ -86,8 +86,7 @@ class Arena:
             if self.fd is not None:
                 os.close(self.fd)
                 self.fd = None
-            with contextlib.suppress(BufferError):
-                self.buffer.close()
+            self.buffer.close()
 
 
 def _map_over(address: int, size_bytes: int, fd: int) -> None:
@@ -107,7 +106,7 @@ class ArenaPool:
         self._free: list[Arena] = []
         self._in_flight: dict[int, Arena] = {}
         self._next = 0
-        self._changed = threading.Condition()  # of a lock that its holder may take again
+        self._changed = threading.Condition()
 
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until `take` would succeed, or for `timeout` seconds; whether it would."""
@@ -132,14 +131,6 @@ class ArenaPool:
                     replaced = [self._free.pop()]
             self._in_flight[arena.number] = arena
             return arena, replaced
-
-    def lend(self, size_bytes: int) -> Arena | None:
-        """Like `take`, but replaces nothing: an arena that exists and fits, or the first one. None: there is neither."""
-        with self._changed:
-            if self._in_flight or (self._free and all(arena.bytes < size_bytes for arena in self._free)):
-                return None
-            taken = self.take(size_bytes)
-            return None if taken is None else taken[0]
 
     def give_back(self, arena: Arena) -> None:
         """The arena may be written again."""

@@ -32,6 +32,7 @@ class Seat:
     heard_s: float
     nice: int = 0
     encoding: bool = False
+    worked: bool = False  # since it was last told to rest
     given_s: float = 0.0
     waited_s: float = 0.0  # for a core, in all, when the shard was given
     tasks: dict[int, Task] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Seat:
         if not self.tasks:
             self.heard_s = time.monotonic()
         self.tasks[task.number] = task
+        self.worked = True
         if task.kind == "shard":
             self.encoding, self.given_s, self.waited_s = True, time.monotonic(), self._waited_s()
         self._post(message, fds)
@@ -61,7 +63,9 @@ class Seat:
 
     def rest(self) -> None:
         """Nothing is in flight: memory that was kept for the next frame goes back."""
-        self._post({"op": "rest"}, [])
+        if self.worked:
+            self.worked = False
+            self._post({"op": "rest"}, [])
 
     def runnable_threads(self) -> int:
         """How many of the worker's threads run or want to."""

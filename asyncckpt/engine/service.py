@@ -144,8 +144,6 @@ class Service:
         elif ended.outcome is not None:
             message["outcome"] = ended.outcome.to_json()
         self._tell(message)
-        if self._schedule.idle:
-            self._each(Seat.rest)
 
     # -- the workers
 
@@ -155,16 +153,18 @@ class Service:
             free = [seat for seat in crew if not seat.encoding]
             hiring = not free and len(crew) < self._hello["workers"]
             # one encoder always; more of them only while others leave a core idle
-            task = self._schedule.next(encoder_free=(bool(free) or hiring) and (free == crew or may_encode_more(crew)))
+            task = self._schedule.next(
+                encoder_free=(bool(free) or hiring) and (free == crew or may_encode_more(self._seats))
+            )
             if task is None:
                 return
             if hiring:
                 try:
                     free = [self._hire()]
-                except OSError:
+                except OSError:  # the limit of processes: go on with those there are
                     if not self._seats:
                         raise
-                    self._hello["workers"] = len(crew)  # the limit of processes: go on with those there are
+                    self._hello["workers"], self._nice = len(self._seats), max(seat.nice for seat in self._seats)
             self._give(min(free or crew or self._seats, key=lambda seat: len(seat.tasks)), task)
 
     def _hire(self) -> Seat:
@@ -205,8 +205,7 @@ class Service:
         if mask & selectors.EVENT_WRITE:
             seat.flush()
             self._watch_seat(seat)
-        messages = seat.channel.receive()
-        if messages is None:
+        if (messages := seat.channel.receive()) is None:
             self._replace(seat, "died")
             return
         seat.heard_s = time.monotonic()
@@ -234,10 +233,9 @@ class Service:
 
     def _progress(self, task: Task, data: dict[str, Any]) -> None:
         if task.kind == "shard":
-            run = task.run
             sizes = {name: data[name] for name in ("key", "raw_bytes", "stored_bytes")}
-            counts = {"shards_done": len(run.receipts) + 1, "shards": run.shards}
-            self._tell({"op": "stored", "data": {"step": run.job.step, **sizes, **counts}})
+            counts = {"shards_done": len(task.run.receipts) + 1, "shards": task.run.shards}
+            self._tell({"op": "stored", "data": {"step": task.run.job.step, **sizes, **counts}})
         elif task.kind == "retain" and data["removed"]:
             self._tell({"op": "removed", "steps": data["removed"]})
 
@@ -248,12 +246,14 @@ class Service:
                 self._replace(seat, f"gave no sign of life for {self._hello['hang_s']:.0f} s")
             elif seat.nice > self._nice and not seat.tasks:
                 self._dismiss(seat)
-            elif seat.nice > STARVED_NICE and seat.starves(now):
+            elif self._nice > STARVED_NICE and seat.starves(now):
                 self._nice = STARVED_NICE  # from now on; it may end what it has begun
                 self._tell(
                     {"op": "worker_replaced", "reason": f"worker {seat.pid} waited for a core: nice {self._nice}"}
                 )
-        if not self._schedule.idle and now - self._said_s > self._hello["alive_s"]:
+        if self._schedule.idle:
+            self._each(Seat.rest)
+        elif now - self._said_s > self._hello["alive_s"]:
             self._tell({"op": "alive"})
         self._reap()
 

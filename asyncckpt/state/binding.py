@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any
 
+import numpy as np
 import torch
 
 from asyncckpt.state.dtypes import complaint
+from asyncckpt.state.sight import Integers
 from asyncckpt.state.walk import Walk
 
 _FEW = 256
@@ -29,7 +31,7 @@ class Binding:
     flags: list[bool]  # overlappable, per leaf
     overlappable: tuple[bool, ...]  # per stored tensor
 
-    def holds(self, leaves: list[torch.Tensor], owned: list[int], moved: list[slice]) -> bool:
+    def holds(self, leaves: list[torch.Tensor], owned: list[int], moved: list[slice], addresses: Integers) -> bool:
         """Still true for these leaves, of which all outside of `moved` are where and what they were?
 
         A few new tensors that nothing is known of (generator states) are taken in.
@@ -52,7 +54,8 @@ class Binding:
         special = {*self.resolved, *chain.from_iterable(self.ties)}
         if len(new) > _FEW or any(self.flags[at] or at in special for at in new):
             return False
-        if any(complaint(leaves[at]) or leaves[at].is_conj() or leaves[at].is_neg() for at in new):
+        tied = any(addresses[at] and np.count_nonzero(addresses == addresses[at]) > 1 for at in new)
+        if tied or any(complaint(leaves[at]) or leaves[at].is_conj() or leaves[at].is_neg() for at in new):
             return False
         for at in new:
             self.ids[at] = id(leaves[at])

@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 _DICT = frozenset({dict})
+_STATE_DICT = Optimizer.state_dict  # torch's own: a patched one must be called
 _TENSOR_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -82,7 +83,7 @@ def _tokens(numbers: list[int], inner: list[dict[Any, Any]]) -> Segment:
 
 def _is_plain(optimizer: Optimizer) -> bool:
     return (
-        type(optimizer).state_dict is Optimizer.state_dict
+        type(optimizer).state_dict is _STATE_DICT
         and "state_dict" not in optimizer.__dict__
         and not optimizer._optimizer_state_dict_pre_hooks
         and not optimizer._optimizer_state_dict_post_hooks

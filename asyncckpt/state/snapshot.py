@@ -98,7 +98,8 @@ class Copy:
         except Exception:  # noqa: BLE001 - the thread must live on for the next snapshot
             _LOG.exception("what follows a snapshot failed")
         if afterwards is not None:
-            afterwards()
+            with contextlib.suppress(Exception):  # the next save draws for itself
+                afterwards()
 
     def run_here(self) -> None:
         """On the caller's thread: only other threads can come between. Raises what goes wrong, but sets `error` for a torn copy."""

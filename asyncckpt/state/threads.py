@@ -15,19 +15,22 @@ from threadpoolctl import ThreadpoolController
 
 
 def within_idle_cores() -> AbstractContextManager[Any]:
-    """Limits the calling thread, no other, while it is entered."""
-    idle = idle_cores()
-    return nullcontext() if idle >= torch.get_num_threads() else _openmp().limit(limits=idle)
+    """Limits the calling thread, no other, while it is entered. Where it cannot, it does not."""
+    try:
+        idle = idle_cores()
+        return nullcontext() if idle >= torch.get_num_threads() else _openmp().limit(limits=idle)
+    except Exception:  # noqa: BLE001 - a copy on more threads is slower, not wrong
+        return nullcontext()
 
 
 def idle_cores() -> int:
-    """Cores that nobody but the calling thread wants, at this moment; at least the one that it runs on."""
-    cores = len(os.sched_getaffinity(0))
+    """Cores of this host that nobody but the calling thread wants, at this moment; at least the one that it runs on."""
+    cores = os.cpu_count() or 1
     try:
         runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
     except (OSError, ValueError, IndexError):
         return cores
-    return min(cores, max(1, cores - (runnable - 1)))
+    return max(1, cores - (runnable - 1))
 
 
 @functools.cache

@@ -222,7 +222,7 @@ class Flattener:
             raise
         if not same:
             self._structure = self._binding = None
-        binding = self._bind(walk, moved)
+        binding = self._bind(walk, moved, sight)
         if self._structure is None:
             self._structure = _structure(self._description, leaves, binding.ties)
         if binding.resolved:
@@ -238,12 +238,13 @@ class Flattener:
             sight=sight.chosen(binding.stored) if binding.ties else sight,
         )
 
-    def _bind(self, walk: Walk, moved: list[slice]) -> Binding:
+    def _bind(self, walk: Walk, moved: list[slice], sight: Sight) -> Binding:
         """Check the live tensors, or only those that took another's place since the last time."""
         old = self._binding
         owned = walk.owned()
-        if old is not None and old.holds(walk.leaves, owned, moved):
+        if old is not None and old.holds(walk.leaves, owned, moved, sight.addresses):
             return old
+        self._binding = None  # if a tensor is refused now, the next save must look at all of them again
         self._check(walk.leaves)
         self._binding = bind(walk, owned)
         if self._binding.ties != self._ties:

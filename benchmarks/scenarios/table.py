@@ -67,7 +67,7 @@ _ALL = (
         "calls",
         "how long save() holds the caller: 1 GB in 150 tensors, idle main thread",
         (states.FEW,),
-        rounds=4,
+        rounds=3,
         full_rounds=120,
         uncounted=2,
         goals=_calls(0.5e-3, 2e-3),
@@ -201,7 +201,7 @@ _ALL = (
         "memory and descriptors over many saves of 100 MB",
         (states.SERIAL,),
         kind="memory",
-        rounds=20,
+        rounds=12,
         full_rounds=500,
         goals=(
             GoalSpec("most bytes above those after the fifth save", "growth_bytes", 20e6),

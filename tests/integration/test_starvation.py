@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import asyncckpt
 from asyncckpt import Saver, events
 from asyncckpt.engine.seat import STARVED_NICE
-from tests.processes import children, services
+from tests.processes import children, eventually, services
 
 
 @pytest.fixture
@@ -38,3 +39,23 @@ def test_a_worker_that_gets_no_core_is_followed_by_one_that_yields_less(tmp_path
     assert set(kept) == {STARVED_NICE}
     loaded = asyncckpt.load(tmp_path, step=1)
     assert all(torch.equal(loaded["model"][name], tensor) for name, tensor in state["model"].items())
+
+
+def test_workers_give_their_memory_back_when_a_save_has_ended_with_and_without_retention(tmp_path):
+    state = {"model": {str(at): torch.randn(1_000_000) for at in range(24)}}  # 96 MB
+    for keep in ([], [asyncckpt.KeepLast(2)]):
+        with Saver(tmp_path / str(len(keep)), keep=keep) as saver:
+            for step in (1, 2, 3):
+                saver.save(step, state).result()
+            (service,) = services(os.getpid())
+            workers = children(service)
+            assert workers
+            eventually(
+                lambda workers=workers: max(map(anonymous_bytes, workers)) < 40e6,
+                "freed frames went back to the kernel",
+            )
+
+
+def anonymous_bytes(pid):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))

@@ -440,3 +440,26 @@ def test_a_look_that_failed_halfway_leaves_nothing_that_is_taken_for_seen():
     after = flattener.flatten(state).structure
     assert after != before
     assert after.tensors[0].shape == (9,)
+
+
+def test_a_tie_made_between_two_saves_is_seen():
+    state = {"model": torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))}
+    flattener = Flattener()
+    assert not flattener.flatten(state).structure.aliases
+    state["model"][1].weight = state["model"][0].weight
+    flat = flattener.flatten(state)
+    assert flat.structure == Flattener().flatten(state).structure
+    assert len(flat.structure.aliases) == 1
+
+
+def test_a_refused_tensor_leaves_no_binding_that_is_taken_for_true():
+    first, second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    state = {"model": torch.nn.ModuleList([first, second])}
+    flattener = Flattener()
+    flattener.flatten(state)
+    first.weight = second.weight
+    second.bias = torch.nn.Parameter(torch.zeros(8, device="meta"))
+    with pytest.raises(UnsupportedTensorError):
+        flattener.flatten(state)
+    second.bias = torch.nn.Parameter(torch.zeros(8))
+    assert flattener.flatten(state).structure == Flattener().flatten(state).structure
