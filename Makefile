@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools check format test demo bench bench-full clean
+.PHONY: help venv tools check format test test-bench demo bench bench-full clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ format: $(INSTALLED) ## put the sources into the form that `make check` asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: tools $(INSTALLED) ## all tests; PYTEST_ARGS="-k name" for some
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: tools $(INSTALLED) ## all tests but the benchmarks' own; PYTEST_ARGS="-k name" for some
+	$(BIN)/pytest -m "not bench" $(PYTEST_ARGS)
+
+test-bench: tools $(INSTALLED) ## the benchmarks' own tests: stores, peers, harness, report
+	$(BIN)/pytest -m bench $(PYTEST_ARGS)
 
 demo: $(INSTALLED) ## kill a training run in the middle, resume it from S3, compare every loss bit for bit
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)

@@ -14,7 +14,6 @@ from asyncckpt.engine.wire import Channel, Message, pair
 from asyncckpt.engine.worker import run_worker
 from asyncckpt.options import KeepRule
 
-STARVED_S = 2.0
 STARVED_SHARE = 0.8
 STARVED_NICE = 10
 """Of workers that follow one that starved: a tenth of a core that is busy otherwise."""
@@ -33,8 +32,8 @@ class Seat:
     nice: int = 0
     encoding: bool = False
     worked: bool = False  # since it was last told to rest
-    given_s: float = 0.0
-    waited_s: float = 0.0  # for a core, in all, when the shard was given
+    since_s: float = 0.0  # how long it has worked, as `starves` looks at it
+    waited_s: float = 0.0  # for a core, in all, at that moment
     tasks: dict[int, Task] = field(default_factory=dict)
     known: set[tuple[str, int]] = field(default_factory=set)
 
@@ -43,9 +42,9 @@ class Seat:
         if not self.tasks:
             self.heard_s = time.monotonic()
         self.tasks[task.number] = task
-        self.worked = True
-        if task.kind == "shard":
-            self.encoding, self.given_s, self.waited_s = True, time.monotonic(), self._waited_s()
+        self.encoding = self.encoding or task.kind == "shard"
+        if not self.worked:
+            self.worked, self.since_s, self.waited_s = True, time.monotonic(), self._waited_s()
         self._post(message, fds)
 
     def introduce(self, kind: str, number: int, fd: int, facts: Mapping[str, Any]) -> None:
@@ -75,14 +74,17 @@ class Seat:
                 count += (task / "stat").read_bytes().rpartition(b")")[2].split(None, 1)[0] == b"R"
         return count
 
-    def starves(self, now_s: float) -> bool:
-        """Whether its encoder has only waited for a core since it was given a shard, seconds ago.
+    def starves(self, now_s: float, after_s: float) -> bool:
+        """Whether its encoder has done little but wait for a core in the last `after_s` seconds of work.
 
         On a machine whose cores are all busy, nice 19 leaves it 1 part in 70: a save of 1 GB took 53 s instead of 2, and a
         training loop that waits for its arena would stand still.
         """
-        elapsed_s = now_s - self.given_s
-        return self.encoding and elapsed_s > STARVED_S and self._waited_s() - self.waited_s > STARVED_SHARE * elapsed_s
+        elapsed_s = now_s - self.since_s
+        if not self.encoding or elapsed_s < after_s:
+            return False
+        before_s, self.waited_s, self.since_s = self.waited_s, self._waited_s(), now_s
+        return self.waited_s - before_s > STARVED_SHARE * elapsed_s
 
     def _waited_s(self) -> float:
         with contextlib.suppress(OSError, IndexError):  # it ended, or this kernel does not count

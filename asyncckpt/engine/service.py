@@ -246,7 +246,7 @@ class Service:
                 self._replace(seat, f"gave no sign of life for {self._hello['hang_s']:.0f} s")
             elif seat.nice > self._nice and not seat.tasks:
                 self._dismiss(seat)
-            elif self._nice > STARVED_NICE and seat.starves(now):
+            elif self._nice > STARVED_NICE and seat.starves(now, self._hello["starved_s"]):
                 self._nice = STARVED_NICE  # from now on; it may end what it has begun
                 self._tell(
                     {"op": "worker_replaced", "reason": f"worker {seat.pid} waited for a core: nice {self._nice}"}

@@ -42,7 +42,8 @@ class EngineOptions:
     """What an engine needs to know of its Saver.
 
     `nice`: how far workers yield to the trainer: at 10 a main loop keeps 0.83 of a core that it shares with a worker (an
-    encoder and an upload at once), at 15 0.94, at 19 0.97. `hang_s`: a busy worker that gives no sign of life for this long is replaced.
+    encoder and an upload at once), at 15 0.94, at 19 0.97. `hang_s`: a busy worker that gives no sign of life for this long
+    is replaced; `starved_s`: one that does little but wait for a core so long is followed by one that yields less.
     `silent_s`: likewise a service with saves in flight; it speaks nine times as often.
     """
 
@@ -52,6 +53,7 @@ class EngineOptions:
     keep: tuple[KeepRule, ...] = ()
     nice: int = 19
     hang_s: float = 60.0
+    starved_s: float = 15.0
     silent_s: float = 90.0
 
 
@@ -149,6 +151,7 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
         "keep": rules_to_json(options.keep),
         "nice": options.nice,
         "hang_s": options.hang_s,
+        "starved_s": options.starved_s,
         "alive_s": options.silent_s / SIGNS,
     }
 

@@ -12,7 +12,8 @@ from benchmarks.stores.base import Place
 def client(place: Place) -> Any:
     """A client for the place's endpoint."""
     config = Config(s3={"addressing_style": "path"}, max_pool_connections=32)
-    return boto3.client("s3", endpoint_url=place.endpoint_url, region_name=place.region, config=config)
+    # a session of its own: the default one keeps the credentials that it met first
+    return boto3.Session().client("s3", endpoint_url=place.endpoint_url, region_name=place.region, config=config)
 
 
 def bytes_at(place: Place, prefix: str) -> int:

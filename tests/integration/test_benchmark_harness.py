@@ -18,6 +18,8 @@ from benchmarks.scenarios.goals import ASYNCHRONOUS, EVERYBODY, GoalSpec, judge
 from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
 from benchmarks.states import State, StateSpec
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -13,7 +13,7 @@ from benchmarks.states import State, _Tensors
 from benchmarks.stores import Place
 from benchmarks.stores.s3 import SinkStore
 
-pytestmark = pytest.mark.filterwarnings("default")  # what others warn of is not ours
+pytestmark = [pytest.mark.bench, pytest.mark.filterwarnings("default")]  # what others warn of is not ours
 S3_ONLY = [name for name in peers.NAMES if name.startswith("s3torchconnector") or name.endswith("boto3")]
 KINDS = {
     "folder": [name for name in peers.NAMES if name not in S3_ONLY],

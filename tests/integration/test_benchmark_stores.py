@@ -23,6 +23,8 @@ from benchmarks.stores.local import DISK
 from benchmarks.stores.s3 import SinkStore
 from tests.contract.store_contract import AtomicContract
 
+pytestmark = pytest.mark.bench
+
 MB = 10**6
 
 

@@ -12,6 +12,7 @@ import asyncckpt
 from asyncckpt import Saver, events
 from asyncckpt.engine.seat import STARVED_NICE
 from tests.processes import children, eventually, services
+from tests.trainers import TunedSaver
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def busy_cores():
 def test_a_worker_that_gets_no_core_is_followed_by_one_that_yields_less(tmp_path, busy_cores):
     seen = []
     state = {"model": {str(at): torch.randn(4_000_000) for at in range(12)}}  # 192 MB, some tenths of a second alone
-    with Saver(tmp_path, hooks=[seen.append]) as saver:
+    with TunedSaver(tmp_path, hooks=[seen.append], engine_options={"starved_s": 2.0}) as saver:
         save = saver.save(1, state)
         save.result(120)
         (service,) = services(os.getpid())

@@ -11,6 +11,8 @@ from benchmarks.measure import Spread
 from benchmarks.reports import lines, tables
 from benchmarks.stages.base import Limit, Stage, table, total
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 OLDER = ROOT / "benchmarks" / "results" / "2026-11-21-2cores.jsonl"
 STAGED = {"call_s": 0.002, "staged_s": 0.1, "durable_s": {"median": 2.0, "min": 1.5, "max": 2.5, "samples": 3}}

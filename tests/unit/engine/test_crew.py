@@ -20,7 +20,14 @@ class CrewOnly(Service):
         self.sockets = list(pair())
         self.sockets[0].setblocking(False)
         self.pidfd = os.pidfd_open(os.getpid())
-        hello: dict[str, Any] = {"workers": 2, "keep": [], "nice": 19, "hang_s": 60.0, "alive_s": 10.0}
+        hello: dict[str, Any] = {
+            "workers": 2,
+            "keep": [],
+            "nice": 19,
+            "hang_s": 60.0,
+            "starved_s": 15.0,
+            "alive_s": 10.0,
+        }
         super().__init__(Channel(self.sockets[0]), hello, self.pidfd)
         self.given: list[tuple[int, str]] = []
 
