@@ -124,8 +124,7 @@ class ArenaPool:
                 arena = min(fitting, key=lambda arena: arena.bytes)
                 self._free.remove(arena)
             else:
-                whole_pages = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-                arena = Arena.create(self._next, whole_pages, shared=self._shared)
+                arena = Arena.create(self._next, size_bytes, shared=self._shared)
                 self._next += 1
                 if len(self._free) + len(self._in_flight) >= self._count:
                     replaced = [self._free.pop()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asyncckpt.engine.cores import runnable_threads
 from asyncckpt.engine.schedule import Task
 from asyncckpt.engine.wire import Channel, Message, pair
 from asyncckpt.engine.worker import run_worker
@@ -99,12 +100,6 @@ class Seat:
     def _post(self, message: Message, fds: Sequence[int]) -> None:
         with contextlib.suppress(ConnectionError):
             self.channel.post(message, fds)
-
-
-def runnable_threads() -> int:
-    """How many threads of this host run or want to."""
-    with Path("/proc/loadavg").open() as file:
-        return int(file.read().split()[3].partition("/")[0])
 
 
 def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> bool:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 _DICT = frozenset({dict})
 _STATE_DICT = Optimizer.state_dict  # torch's own: a patched one must be called
-_TENSOR_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})
+TENSOR_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Segment(tuple[Any, ...]):
@@ -55,7 +55,7 @@ def pack(optimizer: Optimizer, before: Seen | None) -> Packed | None:
     if not _DICT.issuperset(map(type, inner)):
         return None
     leaves: list[torch.Tensor] = list(chain.from_iterable(map(dict.values, inner)))
-    if not _TENSOR_KINDS.issuperset(map(type, leaves)):
+    if not TENSOR_KINDS.issuperset(map(type, leaves)):
         return None
     names, sizes, holders = list(chain.from_iterable(inner)), list(map(len, inner)), list(map(id, optimizer.state))
     owned = [list(map(id, group["params"])) for group in optimizer.param_groups]

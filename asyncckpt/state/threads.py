@@ -7,11 +7,12 @@ core, so the copy waits for the scheduler and the loop for the copy: 1 GB took 9
 import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from threadpoolctl import ThreadpoolController
+
+from asyncckpt.engine.cores import runnable_threads
 
 
 def within_idle_cores() -> AbstractContextManager[Any]:
@@ -27,7 +28,7 @@ def idle_cores() -> int:
     """Cores of this host that nobody but the calling thread wants, at this moment; at least the one that it runs on."""
     cores = os.cpu_count() or 1
     try:
-        runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+        runnable = runnable_threads()
     except (OSError, ValueError, IndexError):
         return cores
     return max(1, cores - (runnable - 1))

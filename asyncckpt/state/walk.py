@@ -14,10 +14,9 @@ import torch
 from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
 from asyncckpt.state.capture import capture_module, is_stateful, unwrap
 from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
-from asyncckpt.state.packing import Packed, Seen, pack
+from asyncckpt.state.packing import TENSOR_KINDS, Packed, Seen, pack
 
 MAX_DEPTH = 64
-_TENSOR_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})
 VALUE = "value"
 """Token and tree leaf of a plain value."""
 
@@ -219,7 +218,7 @@ class Walk:
 
     def _inside(self, container: Any, children: Collection[Any]) -> None:
         """The children of a container: all at once if they are tensors alone, as of most modules and optimizers."""
-        if _TENSOR_KINDS.issuperset(map(type, children)):
+        if TENSOR_KINDS.issuperset(map(type, children)):
             self.tokens += repeat(torch.Tensor, len(children))
             self.leaves += children
         else:

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from asyncckpt.engine.seat import Seat, room_for_one_more, runnable_threads
+from asyncckpt.engine.cores import runnable_threads
+from asyncckpt.engine.seat import Seat, room_for_one_more
 from asyncckpt.engine.wire import Channel, pair
 from tests.processes import PATIENCE_S
 
