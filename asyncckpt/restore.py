@@ -13,7 +13,10 @@ import torch
 
 from asyncckpt import errors, events
 from asyncckpt.engine.catalog import read_index, read_record, read_values
-from asyncckpt.engine.fetch import fetch
+from asyncckpt.engine.direct import direct_paths
+from asyncckpt.engine.direct import fill as fill_direct
+from asyncckpt.engine.direct import verify as verify_direct
+from asyncckpt.engine.fetch import Progress, fetch
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
@@ -22,8 +25,9 @@ from asyncckpt.options import S3Options, StepChoice
 from asyncckpt.progress import bar
 from asyncckpt.state import tree as trees
 from asyncckpt.state.dtypes import BY_NAME
+from asyncckpt.state.homes import memory_of
 from asyncckpt.state.statefile import read_state
-from asyncckpt.state.stateful import plan_restore
+from asyncckpt.state.stateful import RestorePlan, plan_restore
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
@@ -117,8 +121,7 @@ def restore_from(
         record = read_record(store, number)
         index = read_index(store, record)
         wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
-        tensors = fetch_tensors(store, index, wanted.paths, step=number, hooks=hooks)
-        wanted.apply(tensors.__getitem__)
+        _bring(store, index, wanted, step=number, hooks=hooks)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
     found = first_good(store, step, hooks, read)
@@ -138,20 +141,45 @@ def load_from(
     node = index.tree if prefix is None else _subtree(index.tree, prefix, record.step)
     values = read_values_of(store, record) if _holds_values(node) else {}
     paths = trees.leaves(node, prefix)
-    tensors = fetch_tensors(store, index, paths, step=record.step, hooks=hooks, map_location=map_location)
+    with _shown(record.step, hooks) as shown:
+        tensors = fetch_tensors(store, index, paths, progress=shown, map_location=map_location)
     return trees.unflatten(node, tensors.__getitem__, values, prefix)
 
 
-def fetch_tensors(
-    store: Store,
-    index: Index,
-    paths: Iterable[str],
-    *,
-    step: int,
-    hooks: events.Hooks = SILENT,
-    map_location: str | torch.device = "cpu",
-) -> dict[str, torch.Tensor]:
-    """Verified tensors by path, views of one block of memory; tied ones are one object."""
+def _bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, hooks: events.Hooks) -> None:
+    """Everything is read and verified, then it enters the objects: from a buffer, or straight from the store where that may be."""
+
+    def real_path(path: str) -> str:
+        return index.aliases.get(path, path)
+
+    real_paths = set(map(real_path, wanted.paths))
+    homes = wanted.homes(direct_paths(store, index, real_paths), real_path)
+    staged = [path for path in wanted.paths if real_path(path) not in homes]
+    home_bytes = sum(tensor.nbytes for tensor in homes.values())
+    total_bytes = sum(index.tensors[path].raw_bytes for path in real_paths if path in index.tensors)
+    with _shown(step, hooks) as shown:
+        tensors = fetch_tensors(store, index, staged, progress=lambda done, _: shown(done, total_bytes))
+        tensors |= {path: homes[real_path(path)] for path in wanted.paths if real_path(path) in homes}
+
+        def verified(done_bytes: int, _: int) -> None:
+            shown(total_bytes - home_bytes + done_bytes // 2, total_bytes)  # the other half when it is in its place
+
+        def filled(done_bytes: int, _: int) -> None:
+            shown(total_bytes - (home_bytes - done_bytes) // 2, total_bytes)
+
+        def fill() -> None:
+            if homes:
+                places = {path: memory_of(tensor) for path, tensor in homes.items()}
+                fill_direct(store, index, places, progress=filled)
+
+        if homes:
+            verify_direct(store, index, homes, progress=verified)
+        wanted.apply(tensors.__getitem__, fill=fill)
+
+
+@contextmanager
+def _shown(step: int, hooks: events.Hooks) -> Iterator[Progress]:
+    """A bar on a terminal, and events."""
     with bar(0, f"restoring step {step}") as shown:
 
         def progress(done_bytes: int, total_bytes: int) -> None:
@@ -159,7 +187,19 @@ def fetch_tensors(
             shown.total = total_bytes
             shown.update(done_bytes - shown.n)
 
-        fetched = fetch(store, index, paths, progress=progress)
+        yield progress
+
+
+def fetch_tensors(
+    store: Store,
+    index: Index,
+    paths: Iterable[str],
+    *,
+    progress: Progress | None = None,
+    map_location: str | torch.device = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Verified tensors by path, views of one block of memory; tied ones are one object."""
+    fetched = fetch(store, index, paths, progress=progress)
     made: dict[str, torch.Tensor] = {}
     found = {}
     for path, data in fetched.tensors.items():

@@ -133,7 +133,7 @@ class Checkpoint:
     def _tensors(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
         index = self._index
         with reading(self._store, self.step):
-            return fetch_tensors(self._store, index, paths, step=self.step)
+            return fetch_tensors(self._store, index, paths)
 
 
 class Run:

@@ -31,6 +31,7 @@ class FaultyStore(Store):
         self.calls: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self.conditional_puts = inner.conditional_puts
+        self.rereads = inner.rereads
         self.min_part_bytes = inner.min_part_bytes
         self.max_put_bytes = inner.max_put_bytes
         self.max_parts = inner.max_parts

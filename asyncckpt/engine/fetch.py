@@ -6,12 +6,13 @@ is the wanted tensors once, plus one request and one block for each thread.
 
 import contextlib
 import mmap
-import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.engine.cores import usable_cores
+from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.ranges import Block, FetchPlan, Request, Slot, plan_fetch
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decode_block
@@ -20,7 +21,6 @@ from asyncckpt.store.base import Store
 
 REMOTE_THREADS = 16
 """Connections side by side: one brings 90 MB/s from S3, and each request first waits some 30 ms."""
-_POLL_S = 0.1
 
 Progress = Callable[[int, int], None]
 """Called on the calling thread, about ten times a second, with plain bytes done and in total."""
@@ -64,7 +64,7 @@ def fetch(
 
 def default_threads(store: Store) -> int:
     """Requests side by side: sixteen where connections are the limit, the usable cores where the processor is."""
-    return REMOTE_THREADS if store.min_part_bytes > 1 else len(os.sched_getaffinity(0))
+    return REMOTE_THREADS if store.min_part_bytes > 1 else usable_cores()
 
 
 def anonymous_map(size_bytes: int) -> memoryview:
@@ -75,17 +75,15 @@ def anonymous_map(size_bytes: int) -> memoryview:
     return memoryview(memory)[:size_bytes]
 
 
-def _start(threads: Sequence[threading.Thread]) -> int:
-    """How many could be started."""
-    for number, thread in enumerate(threads):
-        try:
-            thread.start()
-        except RuntimeError:
-            return number
-    return len(threads)
+def read_shard(store: Store, key: str, offset: int, target: memoryview) -> None:
+    """Fill `target` from a shard; one that is not there is a `MissingShardError`."""
+    try:
+        store.get_into(key, offset, target)
+    except errors.ObjectNotFoundError as error:
+        raise errors.MissingShardError("an object that the index names is gone", key=key) from error
 
 
-class _Scratch:
+class Scratch:
     """Reused memory of one thread.
 
     A map, not malloc's: freed megabytes stay in the arena of a thread that is gone, and no restore need meet that arena again.
@@ -95,6 +93,7 @@ class _Scratch:
         self._memory = memoryview(b"")
 
     def take(self, size_bytes: int) -> memoryview:
+        """So many bytes, writable; what was in them stays, or not."""
         if len(self._memory) < size_bytes:
             self._memory = anonymous_map(size_bytes)
         return self._memory[:size_bytes]
@@ -110,60 +109,33 @@ class _Fetch:
         self._progress = progress
         self._lock = threading.Lock()
         # more decoders than cores would only take the GIL and the caches from each other
-        self._decoding = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
-        self._next = 0
+        self._decoding = threading.BoundedSemaphore(usable_cores())
+        self._crew = Crew(plan.requests, self._worker)
         self._done_bytes = 0
-        self._error: BaseException | None = None
 
     def run(self, count: int) -> None:
         for slot in self._plan.slots:
             if not slot.raw_bytes:
                 self._verify(slot)
-        threads = [threading.Thread(target=self._work, name=f"asyncckpt-fetch-{n}", daemon=True) for n in range(count)]
-        try:
-            if not _start(threads):
-                self._work()  # at the limit of threads: slower, not stuck
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_POLL_S)
-                    self._report()
-        except BaseException as error:
-            self._stop(error)
-            raise
-        finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if self._error is not None:
-            raise self._error
-        self._report()
+        self._crew.run(count, self._report)
 
     def _report(self) -> None:
         if self._progress is not None:
             self._progress(self._done_bytes, self._plan.wanted_bytes)
 
-    def _stop(self, error: BaseException) -> None:
-        with self._lock:
-            self._error = self._error or error
+    def _worker(self) -> Callable[[Request], None]:
+        stored, plain = Scratch(), Scratch()
 
-    def _take(self) -> Request | None:
-        with self._lock:
-            if self._error is not None or self._next == len(self._plan.requests):
-                return None
-            self._next += 1
-            return self._plan.requests[self._next - 1]
-
-    def _work(self) -> None:
-        stored, plain = _Scratch(), _Scratch()
-        while (request := self._take()) is not None:
+        def serve(request: Request) -> None:
             try:
                 self._serve(request, stored, plain)
-            except BaseException as error:  # noqa: BLE001 - raised again by run(), on the caller's thread
-                if isinstance(error, errors.CheckpointError):
-                    error.at(key=request.key)
-                self._stop(error)
+            except errors.CheckpointError as error:
+                error.at(key=request.key)
+                raise
 
-    def _serve(self, request: Request, stored: _Scratch, plain: _Scratch) -> None:
+        return serve
+
+    def _serve(self, request: Request, stored: Scratch, plain: Scratch) -> None:
         if request.direct:
             _, _, start, size = request.blocks[0].pieces[0]
             self._read(request, self._target[start : start + size])
@@ -173,18 +145,15 @@ class _Fetch:
         self._read(request, data)
         with self._decoding:
             for block in request.blocks:
-                if self._error is not None:
+                if self._crew.failed:
                     return
                 self._decode(block, data[block.stored_offset - request.offset :], plain)
                 self._landed(block)
 
     def _read(self, request: Request, target: memoryview) -> None:
-        try:
-            self._store.get_into(request.key, request.offset, target)
-        except errors.ObjectNotFoundError as error:
-            raise errors.MissingShardError("an object that the index names is gone", key=request.key) from error
+        read_shard(self._store, request.key, request.offset, target)
 
-    def _decode(self, block: Block, data: memoryview, plain: _Scratch) -> None:
+    def _decode(self, block: Block, data: memoryview, plain: Scratch) -> None:
         if block.plane_bytes == 0:
             out = data
         else:

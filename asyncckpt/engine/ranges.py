@@ -103,8 +103,7 @@ def plan_fetch(index: Index, paths: Iterable[str]) -> FetchPlan:
             raise errors.RecordError(f"the index has no tensor {path!r}")
         tensor = index.tensors[path]
         start = end = -(-end // ALIGN_BYTES) * ALIGN_BYTES
-        for chunk in _in_order(tensor):
-            _check_place(tensor, chunk, end - start)
+        for chunk in check_runs(tensor):
             by_shard.setdefault(chunk.shard, []).append((tensor, chunk, len(slots)))
             slots.append(Slot(path, index.shards[chunk.shard].key, end, chunk.raw_bytes, chunk.digest, chunk.raw_bytes))
             end += chunk.raw_bytes
@@ -117,8 +116,14 @@ def plan_fetch(index: Index, paths: Iterable[str]) -> FetchPlan:
     return FetchPlan(tuple(requests), tuple(slots), places, end)
 
 
-def _in_order(tensor: IndexedTensor) -> Sequence[IndexedChunk]:
-    return tensor.chunks if len(tensor.chunks) == 1 else sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
+def check_runs(tensor: IndexedTensor) -> Sequence[IndexedChunk]:
+    """The chunks of a tensor in the order of its bytes; `RecordError` unless they follow each other, each one run."""
+    chunks = tensor.chunks if len(tensor.chunks) == 1 else sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
+    end = 0
+    for chunk in chunks:
+        _check_place(tensor, chunk, end)
+        end += chunk.raw_bytes
+    return chunks
 
 
 def _check_place(tensor: IndexedTensor, chunk: IndexedChunk, offset_bytes: int) -> None:

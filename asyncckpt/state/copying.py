@@ -22,7 +22,9 @@ def overlaps(tensor: torch.Tensor) -> bool:
 
 
 def copy_exact(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bit for bit, in place, whatever autograd thinks of `target`."""
+    """Copy bit for bit, in place, whatever autograd thinks of `target`; nothing to do if it is `source` itself."""
+    if target is source:
+        return
     with torch.inference_mode() if target.is_inference() else nullcontext(), torch.no_grad():
         if not overlaps(target):
             target.copy_(source)

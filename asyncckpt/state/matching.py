@@ -12,14 +12,13 @@ from asyncckpt.format import keys
 from asyncckpt.state.capture import is_stateful, unwrap
 from asyncckpt.state.copying import Getter, copy_exact, private
 from asyncckpt.state.dtypes import dtype_name
+from asyncckpt.state.homes import Homes, Spec
 from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
 from asyncckpt.state.rng import RNG
 from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
 from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES
 
-Spec = tuple[str, tuple[int, ...]]
-"""dtype by torch's name ("bfloat16") and shape."""
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
 
@@ -34,6 +33,7 @@ class Matching:
         self.problems: list[str] = []
         self.paths: dict[str, None] = {}
         self.targets: list[tuple[torch.Tensor, str]] = []
+        self.homes = Homes(specs)
 
     def report(self) -> None:
         """Raise if anything differs."""
@@ -94,7 +94,8 @@ class Matching:
     def place(self, target: Any, node: Any, path: str) -> Place:
         """What restores `target` from `node`."""
         if isinstance(target, torch.Tensor):
-            return self._tensor(target, node, path)
+            self.homes.offer(path, target)
+            return self.tensor(target, node, path)
         if isinstance(target, np.ndarray):
             return self._array(target, node, path)
         if is_stateful(target):
@@ -110,7 +111,8 @@ class Matching:
             self.problems.append(f"{path}: nothing can be loaded into a {type(target).__qualname__}")
         return self._value(target, node, path)
 
-    def _tensor(self, target: torch.Tensor, node: Any, path: str) -> Place:
+    def tensor(self, target: torch.Tensor, node: Any, path: str) -> Place:
+        """What restores a tensor in place."""
         if nn.parameter.is_lazy(target):
             self.problems.append(f"{path}: a lazy parameter without a shape; run one forward pass before restoring")
         elif target.is_meta:

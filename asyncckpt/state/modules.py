@@ -1,6 +1,7 @@
 """Loading a module through its own `load_state_dict`."""
 
 from collections import OrderedDict
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +33,14 @@ class ModuleLoad:
             match.problems.append(f"{path}: a module in the state, something else in the checkpoint")
             return
         names = {keys.escape(clean): raw for raw, clean in clean_names(module, state).items()}
+        live = {} if _may_keep(module) or torch.__future__.get_swap_module_params_on_conversion() else _live(module)
         for name, raw in names.items():
             if name not in entries:
                 match.missing(f"{path}/{name}")
             elif isinstance(state[raw], torch.Tensor) and not raw.endswith(_EXTRA_STATE):
-                match.place(state[raw], entries[name], f"{path}/{name}")
+                match.tensor(state[raw], entries[name], f"{path}/{name}")
+                if raw in live:
+                    match.homes.offer(f"{path}/{name}", live[raw])
                 if overlaps(state[raw]):
                     self._own.append((state[raw], f"{path}/{name}"))
                 else:
@@ -65,6 +69,11 @@ class ModuleLoad:
 
 
 _EXTRA_STATE = "_extra_state"
+
+
+def _live(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The very tensors that `load_state_dict` copies into: what is one of them already is not copied again."""
+    return dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
 
 
 def _may_keep(module: nn.Module) -> bool:

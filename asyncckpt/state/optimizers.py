@@ -46,8 +46,11 @@ class OptimizerLoad:
             if len(ids) != len(group["params"]):
                 match.problems.append(f"{below}: {len(group['params'])} in the state, {len(ids)} in the checkpoint")
             self._parameters.update(zip(ids, group["params"], strict=False))
+        self._handed = match.homes.handed
         for name, child in inner["state"]["dict"].items():
             self._compare(name, child, f"{path}/state/{name}", match)
+            if _is_plain(optimizer):
+                self._offer(name, child, f"{path}/state/{name}", match)
 
     def _compare(self, name: str, node: Any, path: str, match: "Matching") -> None:
         """State that exists already must have the shapes of the checkpoint's."""
@@ -63,6 +66,19 @@ class OptimizerLoad:
                     match.problems.append(
                         f"{inner}: shape {tuple(value.shape)} in the state, {shape} in the checkpoint"
                     )
+
+    def _offer(self, name: str, node: Any, path: str, match: "Matching") -> None:
+        """Bytes may be read into state that exists, and into new tensors where it does not."""
+        parameter = self._parameters.get(keys.unescape(name))
+        if parameter is None or not isinstance(node, dict) or parameter.device.type != "cpu":
+            return
+        before = self._optimizer.state.get(parameter, {})
+        before = {keys.escape(key): value for key, value in before.items()} if isinstance(before, dict) else {}
+        for key, kind in node.get("dict", {}).items():
+            if kind == "tensor" and key not in before:
+                match.homes.offer_new(f"{path}/{key}")
+            elif kind == "tensor" and isinstance(before[key], torch.Tensor):
+                match.homes.offer(f"{path}/{key}", before[key])
 
     def __call__(self, get: Getter) -> None:
         """Load."""
@@ -84,8 +100,19 @@ class OptimizerLoad:
             for parameter, number in zip(group["params"], ids, strict=False):
                 if number in final["state"] and parameter in optimizer.state:
                     old = before.get(parameter, {})
-                    _put_right(optimizer.state[parameter], final["state"][number], old, parameter, hosted=hosted)
+                    self._put_right(optimizer.state[parameter], final["state"][number], old, parameter, hosted=hosted)
         _keep_group_tensors(optimizer, groups)
+
+    def _put_right(
+        self, current: dict[Any, Any], saved: Any, before: dict[Any, Any], parameter: torch.Tensor, *, hosted: bool
+    ) -> None:
+        """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits."""
+        for key, value in saved.items() if isinstance(saved, dict) else ():
+            if id(value) in self._handed:
+                current[key] = value  # made for this state, by nobody else held
+            elif key in current:
+                device = None if key == "step" and not hosted else parameter.device
+                current[key] = _exact(value, current[key], before.get(key), device)
 
     def _saved(self, get: Getter) -> dict[str, Any]:
         """The state dict. torch's own loader may see the restore's buffers: what it keeps of them is replaced after it."""
@@ -111,14 +138,14 @@ def _compare_options(group: Mapping[str, Any], node: Any, path: str, match: "Mat
         )
 
 
-def _put_right(
-    current: dict[Any, Any], saved: Any, before: dict[Any, Any], parameter: torch.Tensor, *, hosted: bool
-) -> None:
-    """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits."""
-    for key, value in saved.items() if isinstance(saved, dict) else ():
-        if key in current:
-            device = None if key == "step" and not hosted else parameter.device
-            current[key] = _exact(value, current[key], before.get(key), device)
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Does nobody but torch look at the state while it is loaded?"""
+    return (
+        type(optimizer).load_state_dict is Optimizer.load_state_dict
+        and "load_state_dict" not in optimizer.__dict__
+        and not optimizer._optimizer_load_state_dict_pre_hooks
+        and not optimizer._optimizer_load_state_dict_post_hooks
+    )
 
 
 def _exact(saved: Any, current: Any, before: Any, device: torch.device | None) -> Any:

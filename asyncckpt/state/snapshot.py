@@ -23,7 +23,7 @@ from asyncckpt.errors import ForkedSaverError, SnapshotError, TornSnapshotError,
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
 from asyncckpt.state.parts import Parts, Views, Work, cut, devices_of
-from asyncckpt.state.threads import within_idle_cores
+from asyncckpt.state.threads import find_thread_pools, within_idle_cores
 from asyncckpt.state.witness import Ahead, freed
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
@@ -267,6 +267,7 @@ class Copier:
     def _has_thread(self) -> bool:
         """Start it if need be; False when the process cannot have one more (limits, interpreter exit)."""
         if self._stop is None:
+            find_thread_pools()
             thread = threading.Thread(target=_serve, args=(self._jobs,), name="asyncckpt-copy", daemon=True)
             try:
                 thread.start()

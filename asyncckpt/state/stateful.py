@@ -1,6 +1,6 @@
 """A checkpoint back into the live objects: everything is compared first, then values are copied in place."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 
 from asyncckpt.errors import CheckpointError, StateMismatchError
 from asyncckpt.state.copying import Getter, bits_equal
-from asyncckpt.state.matching import Matching, Place, Spec, restored_in_place
+from asyncckpt.state.homes import Homes, Spec
+from asyncckpt.state.matching import Matching, Place, restored_in_place
 from asyncckpt.state.tree import one_item
 
 
@@ -20,15 +21,24 @@ class RestorePlan:
     _state: Mapping[Any, Any]
     _places: tuple[tuple[Any, Place], ...]
     _targets: tuple[tuple[torch.Tensor, str], ...]
+    _homes: Homes
 
-    def apply(self, tensor: Getter) -> None:
-        """Copy everything into the objects. No object keeps a tensor that `tensor` returned.
+    def homes(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, torch.Tensor]:
+        """Those of `paths` whose bytes may be read into place before `apply`, and where. `real_path`: of an alias."""
+        return self._homes.choose(paths, real_path, self._targets)
+
+    def apply(self, tensor: Getter, *, fill: Callable[[], None] = lambda: None) -> None:
+        """Copy everything into the objects. No object keeps a tensor that `tensor` returned, unless `homes` made it.
+
+        `fill` is called when nothing stands in the way any more, before anything is copied: it fills the homes, which
+        `tensor` returns for their paths.
 
         Raises:
             StateMismatchError: Targets that share memory would get different values; nothing was changed.
             CheckpointError: A `load_state_dict` raised; the groups before it are restored, it and those behind it are not.
         """
         self._check_ties(tensor)
+        fill()
         for key, place in self._places:
             try:
                 value = place(tensor)
@@ -83,4 +93,4 @@ def plan_restore(
         elif name is not None:
             match.missing(name, "the checkpoint has no such group")
     match.report()
-    return RestorePlan(tuple(match.paths), state, tuple(places), tuple(match.targets))
+    return RestorePlan(tuple(match.paths), state, tuple(places), tuple(match.targets), match.homes)

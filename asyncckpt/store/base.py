@@ -78,6 +78,8 @@ class Store(ABC):
 
     conditional_puts: Literal["atomic", "unproven", "single_writer"] = "atomic"
     """Whether `put(if_absent=True)` can be relied on: always, only after a probe, or by the user's promise."""
+    rereads: bool = False
+    """Whether reading a range again costs a copy from memory, and no transfer."""
     min_part_bytes: int = 1
     max_put_bytes: int = 5 * 2**30
     max_parts: int = 10_000

@@ -29,6 +29,8 @@ class LocalStore(Store):
     killed are removed by the first write of any store a day later. `root` must be one filesystem.
     """
 
+    rereads = True
+
     def __init__(self, root: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
         self._root = Path(root).absolute()
         self._progress = progress or (lambda: None)

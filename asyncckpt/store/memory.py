@@ -17,6 +17,8 @@ from asyncckpt.store.base import Buffers, Entry, Store, Upload, byte_views, chec
 class MemoryStore(Store):
     """Objects in a dict. `clock`: what stamps them, unix seconds."""
 
+    rereads = True
+
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()

@@ -55,6 +55,7 @@ class RetryingStore(Store):
         self._on_retry = on_retry or (lambda _: None)
         self._uniform = uniform or random.Random().uniform  # noqa: S311 - spreads load, guards nothing
         self.conditional_puts = inner.conditional_puts
+        self.rereads = inner.rereads
         self.min_part_bytes = inner.min_part_bytes
         self.max_put_bytes = inner.max_put_bytes
         self.max_parts = inner.max_parts
@@ -101,6 +102,18 @@ class RetryingStore(Store):
     def _try(self, operation: str, key: str, call: Callable[[], T], *, deadline_s: float | None = None) -> T:
         """The answer of `call`, or its first failure that is not transient, or `DeadlineExceededError`."""
         started_s = self._clock()
+        try:
+            return (
+                call()
+            )  # nearly every request ends here, and tenacity's machinery costs more than a read of a megabyte
+        except TransientStoreError as error:
+            failures = [error]
+
+        def again() -> T:
+            if failures:
+                raise failures.pop()
+            return call()
+
         end_s = started_s + (self._policy.deadline_s if deadline_s is None else deadline_s)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TransientStoreError),
@@ -110,7 +123,7 @@ class RetryingStore(Store):
             before_sleep=lambda state: self._tell(operation, key, state),
         )
         try:
-            return retrying(call)
+            return retrying(again)
         except tenacity.RetryError as error:
             tries = error.last_attempt.attempt_number
             last = error.last_attempt.exception()

@@ -49,7 +49,7 @@ def restoring(bench: Bench, store_name: str, place: Place, state: State, known: 
     yield bench.stage(group, "read alone, one connection", read, state_bytes=raw, moved_bytes=moved, limit=limit)
     parts = known["unzstd"], known["merge4"], known["blake3"]
     yield from _fetching(bench, group, store, (index, paths), parts)
-    yield from _scatter(bench, group, matched(), fetch_tensors(store, index, paths, step=step), copy.as_limit())
+    yield from _scatter(bench, group, matched(), fetch_tensors(store, index, paths), copy.as_limit())
     url, options = target(place)
     elapsed_s, cpu_s = bench.time(lambda _: asyncckpt.restore(url, twin.objects, store=options), twin.scrub)
     cores = len(os.sched_getaffinity(0))

@@ -1,78 +1,69 @@
-"""Which worker a task goes to when one starved and the host has no process left."""
+"""Threads that share a list of items."""
 
-import os
-import selectors
-import time
-from typing import Any
+import queue
+import threading
 
 import pytest
 
-from asyncckpt.engine.job import SaveJob
-from asyncckpt.engine.seat import Seat
-from asyncckpt.engine.service import Service
-from asyncckpt.engine.wire import Channel, pair
+from asyncckpt.engine.crew import Crew
 
 
-class CrewOnly(Service):
-    """Its workers are seats without a process, and no further one can be forked."""
-
-    def __init__(self) -> None:
-        self.sockets = list(pair())
-        self.sockets[0].setblocking(False)
-        self.pidfd = os.pidfd_open(os.getpid())
-        hello: dict[str, Any] = {
-            "workers": 2,
-            "keep": [],
-            "nice": 19,
-            "hang_s": 60.0,
-            "starved_s": 15.0,
-            "alive_s": 10.0,
-        }
-        super().__init__(Channel(self.sockets[0]), hello, self.pidfd)
-        self.given: list[tuple[int, str]] = []
-
-    def close(self) -> None:
-        self._selector.close()
-        os.close(self.pidfd)
-        for sock in self.sockets:
-            sock.close()
-
-    def sit(self, nice: int) -> Seat:
-        ours, theirs = pair()
-        self.sockets += (ours, theirs)
-        seat = Seat(1, Channel(ours), time.monotonic(), nice=nice)
-        self._seats.append(seat)
-        self._selector.register(seat.channel, selectors.EVENT_READ, seat)
-        return seat
-
-    def _hire(self) -> Seat:
-        raise OSError("no process left")
-
-    def _give(self, seat: Seat, task: Any) -> None:
-        self.given.append((seat.nice, task.kind))
-        seat.tasks[task.number] = task
-        seat.encoding = seat.encoding or task.kind == "shard"
-
-    def _dismiss(self, seat: Seat) -> None:
-        self._seats.remove(seat)
+def test_every_item_is_served_once_whatever_the_number_of_threads():
+    for count in (1, 3, 50):
+        served = queue.SimpleQueue()
+        Crew(range(40), lambda put=served.put: put).run(count)
+        served = [served.get() for _ in range(served.qsize())]
+        assert sorted(served) == list(range(40))
 
 
-@pytest.fixture
-def service():
-    service = CrewOnly()
-    yield service
-    service.close()
+def test_each_thread_has_a_worker_of_its_own():
+    workers = []
+    together = threading.Barrier(3, timeout=10)
+
+    def worker():
+        workers.append(threading.current_thread())
+        together.wait()
+        return lambda _: None
+
+    Crew(range(100), worker).run(3)
+    assert len(workers) == len(set(workers)) == 3
 
 
-def test_a_starved_worker_that_cannot_be_followed_goes_on(service):
-    old = service.sit(nice=19)
-    service._nice = 10  # it starved
-    service._schedule.submit(SaveJob(1, 1, "aaaaaaaa-000001", structure=1, arena=1, codec="zstd", time_s=0.0), 2)
-    service._dispatch()
-    service._watch()
-    assert service._seats == [old]
-    old.tasks.clear()
-    old.encoding = False
-    service._watch()
-    service._dispatch()
-    assert [nice for nice, kind in service.given if kind == "shard"] == [19, 19]
+def test_the_first_error_is_raised_and_ends_the_others():
+    served = []
+
+    def serve(item):
+        if item == 3:
+            raise KeyError(item)
+        served.append(item)
+
+    crew = Crew(range(10_000), lambda: serve)
+    with pytest.raises(KeyError):
+        crew.run(2)
+    assert crew.failed
+    assert len(served) < 10_000
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncckpt-fetch")]
+
+
+def test_a_worker_that_cannot_be_made_is_an_error_too():
+    def worker():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Crew([1], worker).run(2)
+
+
+def test_progress_is_told_at_the_end():
+    told = []
+    Crew([1, 2], lambda: lambda _: None).run(1, lambda: told.append(None))
+    assert told
+
+
+def test_at_the_limit_of_threads_the_caller_works_alone(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    served = []
+    Crew(range(5), lambda: served.append).run(2)
+    assert served == list(range(5))

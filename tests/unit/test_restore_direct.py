@@ -1,0 +1,301 @@
+"""Large tensors of a folder are read into the live objects without a buffer, after all of them were verified."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from asyncckpt import errors, events
+from asyncckpt.format import keys
+from asyncckpt.restore import restore, restore_from
+from asyncckpt.state.homes import Homes
+from asyncckpt.store.memory import MemoryStore
+from tests.counting import CountingStore
+from tests.writer import tensor_bytes, write_checkpoint
+
+LARGE = 600  # a matrix of so many rows and columns has 1.4 MB
+URL = "memory://unused"
+
+
+class Model(nn.Module):
+    def __init__(self, dtype=torch.float32, tied=False):
+        super().__init__()
+        self.first = nn.Linear(LARGE, LARGE, dtype=dtype)
+        self.second = nn.Linear(LARGE, LARGE, dtype=dtype)
+        self.register_buffer("seen", torch.zeros(LARGE, LARGE))
+        if tied:
+            self.second.weight = self.first.weight
+
+
+def training(seed, *, dtype=torch.float32, steps=1, optimizer=torch.optim.AdamW, **model):
+    torch.manual_seed(seed)
+    module = Model(dtype, **model)
+    nn.init.normal_(module.seen)
+    chosen = optimizer(module.parameters(), lr=1e-3)
+    for _ in range(steps):
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        chosen.step()
+        chosen.zero_grad()
+    return {"model": module, "optimizer": chosen, "extra": torch.randn(LARGE, LARGE)}
+
+
+def contents(state):
+    found = {f"model/{name}": tensor_bytes(value) for name, value in state["model"].state_dict().items()}
+    for number, slot in state["optimizer"].state_dict()["state"].items():
+        found |= {f"optimizer/{number}/{name}": (value.dtype, tensor_bytes(value)) for name, value in slot.items()}
+    return found | {"extra": tensor_bytes(state["extra"])}
+
+
+def stored(state, *steps, codec="none"):
+    store = MemoryStore()
+    for step in steps or (1,):
+        write_checkpoint(store, step, state, codec=codec)
+    return store
+
+
+def homes_taken(monkeypatch):
+    """What `Homes.choose` gave, in all restores from now on."""
+    taken = {}
+    choose = Homes.choose
+
+    def spy(self, *args):
+        found = choose(self, *args)
+        taken.update(found)
+        return found
+
+    monkeypatch.setattr(Homes, "choose", spy)
+    return taken
+
+
+def flip(store, key, position):
+    data = bytearray(store.get(key, max_bytes=2**30))
+    data[position] ^= 1
+    store.delete([key])
+    store.put(key, [bytes(data)])
+
+
+def shards(store, step=1):
+    return [entry.key for entry in store.list(keys.folder(step, "")[:-1]) if entry.key.endswith(".safetensors")]
+
+
+def test_a_training_state_is_read_into_its_own_tensors(monkeypatch):
+    source, target = training(1), training(2)
+    taken = homes_taken(monkeypatch)
+    moments = {id(value) for slot in target["optimizer"].state.values() for value in slot.values()}
+    restore(URL, target, store=stored(source))
+    assert contents(target) == contents(source)
+    assert taken["model/first.weight"] is target["model"].first.weight
+    assert taken["model/seen"] is target["model"].seen
+    assert taken["extra"] is target["extra"]
+    assert id(taken["optimizer/state/#0/exp_avg"]) in moments
+    assert {id(value) for slot in target["optimizer"].state.values() for value in slot.values()} == moments
+
+
+def test_state_that_an_optimizer_does_not_have_yet_is_read_into_new_tensors_that_it_keeps(monkeypatch):
+    source, target = training(1), training(2, steps=0)
+    taken = homes_taken(monkeypatch)
+    restore(URL, target, store=stored(source))
+    assert contents(target) == contents(source)
+    first = target["model"].first.weight
+    assert target["optimizer"].state[first]["exp_avg"] is taken["optimizer/state/#0/exp_avg"]
+    target["optimizer"].step()  # it is whole: a step with it works
+
+
+def test_moments_of_another_type_than_their_parameter_keep_it():
+    source, target = training(1, dtype=torch.bfloat16), training(2, dtype=torch.bfloat16, steps=0)
+    for slot in source["optimizer"].state.values():
+        slot["exp_avg"] = torch.randn(slot["exp_avg"].shape)
+    for state in (target, training(3, dtype=torch.bfloat16)):
+        restore(URL, state, store=stored(source))
+        assert contents(state) == contents(source)
+
+
+def test_training_goes_on_as_it_would_have():
+    source, target = training(1), training(2)
+    restore(URL, target, store=stored(source))
+    for state in (source, target):
+        torch.manual_seed(9)
+        for parameter in state["model"].parameters():
+            parameter.grad = torch.randn_like(parameter)
+        state["optimizer"].step()
+    assert contents(target) == contents(source)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_flipped_bit_is_found_before_any_value_changes(where):
+    source, target = training(1), training(2)
+    store = stored(source)
+    key = shards(store)[0 if where == "first" else -1]
+    flip(store, key, -1)
+    before = contents(target)
+    with pytest.raises(errors.DigestMismatchError) as caught:
+        restore(URL, target, store=store, step=1)
+    assert (caught.value.key, caught.value.step) == (key, 1)
+    assert contents(target) == before
+
+
+def test_damage_falls_back_to_the_step_before():
+    source, target = training(1), training(2)
+    store = stored(source, 1, 2)
+    flip(store, shards(store, 2)[0], -1)
+    with pytest.warns(UserWarning, match="checkpoint 2 cannot be restored"):
+        assert restore(URL, target, store=store).step == 1
+    assert contents(target) == contents(source)
+
+
+def test_bytes_that_change_after_they_were_verified_are_noticed_and_said():
+    seen = set()
+
+    class Turning(CountingStore):
+        """Flips a bit in what is read once all has been read once."""
+
+        rereads = True
+
+        def get_into(self, key, start, target):
+            super().get_into(key, start, target)
+            if (key, start) in seen and len(target) > 10**6:
+                target[5] ^= 1
+            seen.add((key, start))
+
+    target = training(2)
+    with pytest.raises(errors.DigestMismatchError, match="partly overwritten"):
+        restore(URL, target, store=Turning(stored(training(1))), step=1)
+
+
+def test_every_byte_is_read_twice_and_no_buffer_is_needed():
+    source = training(1)
+    near = CountingStore(stored(source))
+    near.rereads = True
+    far = CountingStore(stored(source))
+    for store in (near, far):
+        restore(URL, training(2), store=store)
+    assert 1.9 * far.read_bytes < near.read_bytes < 2.1 * far.read_bytes
+
+
+def test_a_far_store_is_read_once(monkeypatch):
+    taken = homes_taken(monkeypatch)
+    restore(URL, training(2), store=CountingStore(stored(training(1))))
+    assert not taken
+
+
+@pytest.mark.parametrize("codec", ["planes", "zstd"])
+def test_what_is_compressed_is_restored_through_a_buffer(codec, monkeypatch):
+    source, target = training(1), training(2)
+    taken = homes_taken(monkeypatch)
+    restore(URL, target, store=stored(source, codec=codec))
+    assert contents(target) == contents(source)
+    assert not taken
+
+
+def test_tied_parameters_are_read_once_and_stay_tied(monkeypatch):
+    source, target = training(1, tied=True), training(2, tied=True)
+    taken = homes_taken(monkeypatch)
+    restore(URL, target, store=stored(source))
+    assert contents(target) == contents(source)
+    assert target["model"].first.weight is target["model"].second.weight
+    assert sum(path.endswith("weight") for path in taken) == 1
+
+
+def test_tied_targets_with_different_values_are_refused_and_nothing_changes():
+    target = training(2, tied=True)
+    before = contents(target)
+    del target["optimizer"]
+    store = stored({"model": training(1)["model"], "extra": torch.randn(LARGE, LARGE)})
+    with pytest.raises(errors.StateMismatchError, match="tied in the state"):
+        restore(URL, target, store=store)
+    assert tensor_bytes(target["extra"]) == before["extra"]
+    assert tensor_bytes(target["model"].first.weight) == before["model/first.weight"]
+
+
+def test_views_of_one_memory_go_through_a_buffer(monkeypatch):
+    memory = torch.randn(2 * LARGE, LARGE)
+    source = {"all": memory, "half": memory[:LARGE].clone()}
+    whole = torch.zeros(2 * LARGE, LARGE)
+    taken = homes_taken(monkeypatch)
+    restore(URL, {"all": whole, "half": whole[:LARGE]}, store=stored(source))
+    assert not taken
+    assert torch.equal(whole, memory)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.zeros(LARGE, LARGE).t(),
+        torch.zeros(LARGE, 2 * LARGE)[:, ::2],
+        nn.Parameter(torch.zeros(LARGE, LARGE)).detach().t(),
+    ],
+)
+def test_memory_that_is_not_one_run_goes_through_a_buffer(target, monkeypatch):
+    taken = homes_taken(monkeypatch)
+    source = torch.randn(LARGE, LARGE)
+    restore(URL, {"x": target}, store=stored({"x": source}))
+    assert torch.equal(target, source)
+    assert not taken
+
+
+def test_inference_tensors_go_through_a_buffer():
+    with torch.inference_mode():
+        target = torch.zeros(LARGE, LARGE)
+    source = torch.randn(LARGE, LARGE)
+    restore(URL, {"x": target}, store=stored({"x": source}))
+    assert torch.equal(target, source)
+
+
+def test_a_module_whose_hooks_look_at_the_values_gets_them_as_before(monkeypatch):
+    source, target = training(1), training(2)
+    seen = []
+    target["model"].register_load_state_dict_pre_hook(
+        lambda module, state, *_: seen.append(torch.equal(state["first.weight"], module.first.weight))
+    )
+    taken = homes_taken(monkeypatch)
+    restore(URL, target, store=stored(source))
+    assert seen == [False]
+    assert "model/first.weight" not in taken
+    assert contents(target) == contents(source)
+
+
+def test_an_optimizer_whose_hooks_change_what_is_loaded_is_obeyed():
+    source, target = training(1), training(2)
+
+    def forget_momentum(_, state):
+        for slot in state["state"].values():
+            slot["exp_avg"] = torch.zeros_like(slot["exp_avg"])
+        return state
+
+    target["optimizer"].register_load_state_dict_pre_hook(forget_momentum)
+    restore(URL, target, store=stored(source))
+    for slot in target["optimizer"].state.values():
+        assert not slot["exp_avg"].any()
+        assert slot["exp_avg_sq"].any()
+
+
+def test_autograd_is_told_that_values_changed():
+    source, target = training(1), training(2)
+    weight = target["model"].first.weight
+    version = weight._version
+    loss = (weight * weight).sum()
+    restore(URL, target, store=stored(source))
+    assert weight._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_progress_goes_from_nothing_to_all_bytes_over_both_passes():
+    told = []
+    source = training(1)
+    restore_from(stored(source), training(2), hooks=events.Hooks((told.append,)))
+    done = [event.done_bytes for event in told]
+    assert done == sorted(done)
+    assert len(set(done)) >= 3
+    assert {event.total_bytes for event in told} == {done[-1]}
+    assert done[-1] == sum(len(value[1] if isinstance(value, tuple) else value) for value in contents(source).values())
+
+
+def test_a_copy_of_a_state_is_not_touched():
+    source, target = training(1), training(2)
+    other = copy.deepcopy(target["model"])
+    before = tensor_bytes(other.first.weight)
+    restore(URL, target, store=stored(source))
+    assert tensor_bytes(other.first.weight) == before
