@@ -4,6 +4,7 @@ Encoding is one pass: a block is digested, gathered or split into planes, and co
 """
 
 import mmap
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ _BLOCK_PARAMETERS = {
     "write_dict_id": 0,
 }
 _TEXT_LEVEL = 3
+_FRAME_HEADER = struct.Struct("<IBI")  # magic number, descriptor, content size
+_MAGIC = 0xFD2FB528
+_SINGLE_SEGMENT_4 = 0b10_1_00_0_00  # the content's size in four bytes, no window, no checksum, no dictionary
+_RAW_BLOCK_BYTES = 128 * 2**10  # the most that a block may hold
 _BORROW_BYTES = 64 * 2**10  # codec none: pieces from this size on are sent from the arena, smaller ones are joined
 
 
@@ -72,9 +77,13 @@ class Encoder:
         source = np.frombuffer(arena, np.uint8, size, offset)
         planes.split(source, block.plane_bytes, np.frombuffer(split, np.uint8), self._spare)
         plane = size // block.plane_bytes
-        frames: list[Buffer] = [
-            self._compressor.compress(split[start : start + plane]) for start in range(0, size, plane)
-        ]
+        frames: list[Buffer] = []
+        for number in range(block.plane_bytes):
+            data = split[number * plane : (number + 1) * plane]
+            # the lowest bytes are noise that zstd passes over at once; the one below the exponent is often so nearly even that it
+            # builds a code, finds that it saves too little, and stores the bytes after all
+            even = number == block.plane_bytes - 2 and planes.is_even(np.frombuffer(data, np.uint8))
+            frames.append(stored_frame(data) if even else self._compressor.compress(data))
         return frames, [plane] * block.plane_bytes
 
     def _gather(self, block: Block, arena: memoryview) -> memoryview:
@@ -149,6 +158,17 @@ def _write_digest(digests: memoryview | None, chunk: Chunk, value: bytes) -> Non
     if digests is not None:
         start = chunk.number * DIGEST_BYTES
         digests[start : start + DIGEST_BYTES] = value
+
+
+def stored_frame(data: memoryview) -> bytes:
+    """A zstd frame that states its size and holds the bytes as they are (RFC 8878, 3.1.1: single segment, raw blocks)."""
+    size = len(data)
+    parts: list[Buffer] = [_FRAME_HEADER.pack(_MAGIC, _SINGLE_SEGMENT_4, size)]
+    for start in range(0, size, _RAW_BLOCK_BYTES):
+        block = data[start : start + _RAW_BLOCK_BYTES]
+        last = start + len(block) == size
+        parts += ((len(block) << 3 | last).to_bytes(3, "little"), block)
+    return b"".join(parts)
 
 
 def decode_frame(data: Buffer, out: memoryview) -> None:

@@ -16,11 +16,10 @@ from asyncckpt.format.digest import DIGEST_BYTES
 from asyncckpt.format.dtypes import DTYPES, DType
 from asyncckpt.format.shard import MAX_RANK, build_header, header_entry
 from asyncckpt.format.structure import Group, Structure, TensorSpec
-from asyncckpt.options import Codec
+from asyncckpt.options import StoredCodec
 
 __all__ = ["Block", "Chunk", "Group", "Plan", "ShardPlan", "StoredCodec", "Structure", "TensorSpec", "plan"]
 
-StoredCodec = Literal["planes", "zstd", "none"]
 Layout = Literal["planes", "plain"]
 
 BLOCK_BYTES = 4 * 2**20
@@ -103,23 +102,22 @@ class Plan:
     arena_bytes: int
 
 
-def plan(structure: Structure, *, codec: Codec = "auto", shard_bytes: int | None = None) -> Plan:
+def plan(structure: Structure, *, codec: StoredCodec = "planes", shard_bytes: int | None = None) -> Plan:
     """Lay out a state. `shard_bytes` defaults to a 64th of the state within 16 to 256 MiB.
 
     `UnsupportedTensorError` for a dtype, rank or name that the format cannot hold.
     """
-    stored: StoredCodec = "planes" if codec == "auto" else codec
     sizes = [_tensor_bytes(structure, position) for position in range(len(structure.tensors))]
     data_bytes = sum(sizes)
     if shard_bytes is None:
         shard_bytes = min(max(-(-data_bytes // 64), SHARD_BYTES.start), SHARD_BYTES.stop)
-    layout = _Layout(structure, stored)
+    layout = _Layout(structure, codec)
     for group, members in enumerate(_members(structure)):
-        layout.add_group(group, _fill(structure, members, sizes, stored, shard_bytes))
+        layout.add_group(group, _fill(structure, members, sizes, codec, shard_bytes))
     digests_offset = _align(layout.arena_bytes, ALIGN_BYTES)
     return Plan(
         structure=structure,
-        codec=stored,
+        codec=codec,
         shards=tuple(layout.shards),
         tensor_offsets=tuple(layout.tensor_offsets),
         layouts=tuple(layout.layouts),

@@ -15,6 +15,22 @@ SPARE_BYTES = 2 * _PIECE_BYTES
 ELEMENT_BYTES = (2, 4, 8)
 _WORDS: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
+_SAMPLE = 4096
+_UNEVEN = 0.15
+
+
+def is_even(plane: Bytes) -> bool:
+    """Whether the 256 values of a plane's bytes are so nearly equally frequent that no code could save 1.6 %.
+
+    Judged by 4,096 bytes from all over it. If values have probabilities (1 + d) / 256, two bytes are equal with probability
+    (1 + mean d^2) / 256, and the entropy is 8 - mean d^2 / (2 ln 2) bits, for small d. zstd stores a block as it is when it would save
+    less than a 64th; that is a mean d^2 of 0.17, and a sample of 4,096 even bytes shows 0 with a deviation of 0.006.
+    """
+    sample = plane[:: len(plane) // _SAMPLE | 1]  # odd: rows of 2^n elements are met at all their columns
+    counts = np.bincount(sample, minlength=256)
+    pairs = int(np.dot(counts, counts)) - len(sample)
+    return 256 * pairs < (1 + _UNEVEN) * len(sample) * (len(sample) - 1)
+
 
 def split(src: Bytes, element_bytes: int, out: Bytes, spare: Bytes) -> None:
     """Write the planes of `src` into `out`, of the same length: a multiple of `element_bytes` (2, 4 or 8).

@@ -66,7 +66,7 @@ def random_values(structure: Structure, seed: int = 0) -> list[bytes]:
     return values
 
 
-def store(structure: Structure, codec="auto", shard_bytes=None, seed=0) -> Stored:
+def store(structure: Structure, codec="planes", shard_bytes=None, seed=0) -> Stored:
     """Plan, fill an arena whose gaps hold garbage, encode every shard, build the index."""
     layout = plan(structure, codec=codec, shard_bytes=shard_bytes)
     arena = memoryview(bytearray(b"\xa5" * layout.arena_bytes))

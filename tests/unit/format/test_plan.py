@@ -160,7 +160,7 @@ def test_planes_are_for_large_floats_under_their_codec_only():
         "half": ("bfloat16", (32_768,)),
     }
     structure = structure_of({"m": tensors})
-    assert plan(structure, codec="auto").layouts == ("planes", "plain", "plain", "plain", "planes")
+    assert plan(structure, codec="planes").layouts == ("planes", "plain", "plain", "plain", "planes")
     assert set(plan(structure, codec="zstd").layouts) == {"plain"}
     assert set(plan(structure, codec="none").layouts) == {"plain"}
 
