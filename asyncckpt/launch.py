@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import mmap
 import platform
 import secrets
 import threading
@@ -17,11 +18,13 @@ import torch
 import asyncckpt
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena, ArenaPool
+from asyncckpt.engine.choice import CodecChoice
 from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.format.plan import Plan, Structure, plan
-from asyncckpt.options import Codec
+from asyncckpt.format.digest import DIGEST_BYTES
+from asyncckpt.format.plan import SHARD_BYTES, Plan, Structure, plan
+from asyncckpt.options import StoredCodec
 from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save, report_of
 from asyncckpt.state.ranks import world_size
@@ -29,7 +32,7 @@ from asyncckpt.state.snapshot import Copier, Copy
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
 
-_MAX_STRUCTURES = 8
+_MAX_PLANS = 16
 
 Engine = ServiceEngine | InlineEngine
 StartEngine = Callable[[Listener, Callable[[], str]], Engine]
@@ -63,7 +66,7 @@ class Launcher:
         ledger: Ledger,
         hooks: events.Hooks,
         *,
-        codec: Codec,
+        choice: CodecChoice,
         pending: int,
         shared: bool,
     ) -> None:
@@ -72,14 +75,15 @@ class Launcher:
         self._start_engine = start_engine
         self._ledger = ledger
         self._hooks = hooks
-        self._codec: Codec = codec
+        self._choice = choice
+        self._ended_s = 0.0  # when the last save had its answer
         self._run_id = secrets.token_hex(4)
         self._attempts = itertools.count(1)
         self._structures = itertools.count(1)
         self._flattener = Flattener()
         self._copier = Copier()
         self._arenas = ArenaPool(pending, shared=shared)
-        self._plans: collections.OrderedDict[int, _Planned] = collections.OrderedDict()
+        self._plans: collections.OrderedDict[tuple[int, StoredCodec], _Planned] = collections.OrderedDict()
         self._flights: dict[int, _Flight] = {}
         self._engine: Engine | None = None
         self._probed = False
@@ -166,6 +170,10 @@ class Launcher:
         elif outcome is not None:
             self._probed = self._probed or outcome.result == "committed"
             report = report_of(flight.save, flight.copy, outcome)
+            if outcome.result == "committed":
+                since_s = max(flight.save._started_s + report.staged_s, self._ended_s)
+                self._choice.learn(flight.planned.plan.codec, report.raw_bytes, time.perf_counter() - since_s)
+        self._ended_s = time.perf_counter()
         self._ledger.conclude(flight.save, report, error)
 
     def event(self, event: events.Event) -> None:
@@ -186,6 +194,8 @@ class Launcher:
             self.ended(number, None, copy.error)
             return
         try:
+            # told before it is handed over, which takes some turns of the GIL: steps go on already
+            self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
             engine.submit(self._job(flight), flight.planned.plan, flight.arena, write_state(flat.values))
         except errors.CheckpointError as error:
             self.ended(number, None, error)
@@ -195,8 +205,7 @@ class Launcher:
             failure.__cause__ = error
             self.ended(number, None, failure)
             return
-        flight.save._staged.set()
-        self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
+        flight.save._staged.set()  # who waits for this may also be killed then: the service goes on
 
     def _engine_started(self) -> Engine:
         if self._engine is not None and self._engine.broken:
@@ -220,7 +229,7 @@ class Launcher:
             attempt=self._next_attempt(),
             structure=planned.number,
             arena=arena.number,
-            codec=self._codec,
+            codec=planned.plan.codec,
             time_s=time.time(),
             epoch=request.epoch,
             metrics=dict(request.metrics),
@@ -234,11 +243,12 @@ class Launcher:
         )
 
     def _plan(self, structure: Structure) -> _Planned:
-        known = self._plans.get(id(structure))
+        codec = self._choice.choose()
+        known = self._plans.get((id(structure), codec))
         if known is None:
-            known = _Planned(next(self._structures), structure, plan(structure, codec=self._codec))
-            self._plans[id(structure)] = known
-            if len(self._plans) > _MAX_STRUCTURES:
+            known = _Planned(next(self._structures), structure, plan(structure, codec=codec))
+            self._plans[id(structure), codec] = known
+            if len(self._plans) > _MAX_PLANS:
                 _, oldest = self._plans.popitem(last=False)
                 if self._engine is not None and all(f.planned is not oldest for f in self._flights.values()):
                     self._engine.forget_structure(oldest.number)
@@ -246,7 +256,7 @@ class Launcher:
 
     def _take(self, layout: Plan) -> Arena | None:
         try:
-            taken = self._arenas.take(layout.arena_bytes)
+            taken = self._arenas.take(layout.arena_bytes, make_bytes=_room(layout))
         except (OSError, MemoryError, OverflowError, ValueError) as error:
             raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
         if taken is None:
@@ -258,6 +268,12 @@ class Launcher:
                 self._engine.forget_arena(old)
             old.close()
         return arena
+
+
+def _room(layout: Plan) -> int:
+    """Bytes of an arena that holds this state under any codec: one that cuts more tensors has more digests."""
+    more_digests = DIGEST_BYTES * (layout.data_bytes // SHARD_BYTES.start)
+    return layout.arena_bytes + -(-(more_digests + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:

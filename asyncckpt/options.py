@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Codec = Literal["auto", "planes", "zstd", "none"]
+StoredCodec = Literal["planes", "zstd", "none"]
+Codec = Literal["auto"] | StoredCodec
 WhenFull = Literal["wait", "skip", "raise"]
 OnExists = Literal["skip", "raise"]
 EngineName = Literal["service", "inline"]

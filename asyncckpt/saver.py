@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from asyncckpt import errors, events, progress
 from asyncckpt.engine.catalog import find_checkpoints
+from asyncckpt.engine.choice import CodecChoice, usual_codec
 from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
@@ -49,7 +50,8 @@ class Saver:
     Args:
         url: `s3://bucket/prefix`, `file:///path`, a plain path, or `memory://name`.
         keep: Rules of retention (`KeepLast`, `KeepEvery`); a checkpoint stays if any rule keeps it. Empty keeps all.
-        codec: `"auto"` (byte planes and zstd), `"planes"`, `"zstd"` or `"none"`.
+        codec: `"planes"` (byte planes and zstd), `"zstd"`, `"none"`, or `"auto"`: planes or none, whichever makes saves durable sooner
+            at this store, by what they took; it begins with planes on S3 and with none in a folder.
         workers: Worker processes; default: the usable cores over `LOCAL_WORLD_SIZE`, at most 8.
         overlap: Whether `save()` may return while optimizer-owned tensors are still copied; `optimizer.step()` then waits for the copy.
             None: yes when the state holds an optimizer. It notices most, but not all, other writers (a write that restores both the
@@ -110,7 +112,7 @@ class Saver:
             self._start_engine,
             self._ledger,
             self._hooks,
-            codec=codec,
+            choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
             shared=self._engine_name == "service",
         )

@@ -16,7 +16,7 @@ from asyncckpt.store.base import Store
 
 
 def write_checkpoint(
-    store: Store, step: int, state: Any, *, codec: str = "auto", shard_bytes: int | None = None, **record: Any
+    store: Store, step: int, state: Any, *, codec: str = "planes", shard_bytes: int | None = None, **record: Any
 ) -> str:
     """Write `state` as step `step`; returns the folder. `record`: fields of a SaveJob, such as metrics or epoch."""
     flat = Flattener().flatten(state)

@@ -113,8 +113,11 @@ class ArenaPool:
         with self._changed:
             return self._changed.wait_for(lambda: len(self._in_flight) < self._count, timeout)
 
-    def take(self, size_bytes: int) -> tuple[Arena, list[Arena]] | None:
-        """An arena of at least `size_bytes`, and the arenas it replaces (the caller closes them); None if all are in flight."""
+    def take(self, size_bytes: int, *, make_bytes: int = 0) -> tuple[Arena, list[Arena]] | None:
+        """An arena of at least `size_bytes`, and the arenas it replaces (the caller closes them); None if all are in flight.
+
+        A new one gets `make_bytes`, if that is more, so that it serves a little more later.
+        """
         with self._changed:
             if len(self._in_flight) >= self._count:
                 return None
@@ -124,7 +127,7 @@ class ArenaPool:
                 arena = min(fitting, key=lambda arena: arena.bytes)
                 self._free.remove(arena)
             else:
-                arena = Arena.create(self._next, size_bytes, shared=self._shared)
+                arena = Arena.create(self._next, max(size_bytes, make_bytes), shared=self._shared)
                 self._next += 1
                 if len(self._free) + len(self._in_flight) >= self._count:
                     replaced = [self._free.pop()]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from asyncckpt.options import Codec, KeepEvery, KeepLast, KeepRule, OnExists
+from asyncckpt.options import KeepEvery, KeepLast, KeepRule, OnExists, StoredCodec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class SaveJob:
     attempt: str
     structure: int
     arena: int
-    codec: Codec
+    codec: StoredCodec
     time_s: float
     shard_bytes: int | None = None
     epoch: int | None = None

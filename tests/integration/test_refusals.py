@@ -171,7 +171,7 @@ def flip(path: Path) -> None:
 @pytest.fixture
 def two_steps(tmp_path):
     """Steps 1 and 2, the shard and the record of step 2."""
-    with Saver(tmp_path) as saver:
+    with Saver(tmp_path, codec="planes") as saver:
         saver.save(1, numbered(1))
         saver.save(2, numbered(2))
     (shard,) = (path for path in (tmp_path / "step-0000000002").rglob("*.zst") if "index" not in path.name)

@@ -28,7 +28,7 @@ class Position:
         self.position = state["position"]
 
 
-def run_example(url: Path, steps: int) -> list[torch.Tensor]:
+def run_example(url: Path, steps: int, options: str = "") -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -44,7 +44,8 @@ def run_example(url: Path, steps: int) -> list[torch.Tensor]:
 
     (example,) = blocks("python")
     names = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader, "steps": steps}
-    exec(example.replace("s3://bucket/run-42", str(url)), names | {"train_one_step": train_one_step, "val_loss": 0.5})
+    example = example.replace("s3://bucket/run-42", str(url)).replace("keep=", f"{options}keep=")
+    exec(example, names | {"train_one_step": train_one_step, "val_loss": 0.5})
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
@@ -60,7 +61,7 @@ def test_the_example_resumes_bit_exact_when_it_is_run_in_two_halves(tmp_path):
 
 
 def test_the_shell_lines_read_a_shard(tmp_path):
-    run_example(tmp_path, 100)
+    run_example(tmp_path, 100, 'codec="planes", ')  # as the first save to S3
     (shard,) = tmp_path.glob("step-0000000100/*/model-00001-of-00001.safetensors.zst")
     lines = next(block for block in blocks("sh") if block.startswith("zstd"))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

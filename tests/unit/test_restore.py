@@ -60,7 +60,7 @@ def contents(state: dict) -> dict[str, bytes | object]:
     return found | {"plain": repr(plain), "epoch": state["epoch"], "order": list(state["order"])}
 
 
-def stored_run(*steps: int, codec: str = "auto") -> MemoryStore:
+def stored_run(*steps: int, codec: str = "planes") -> MemoryStore:
     """A run whose checkpoint of step n holds `training(n)`."""
     store = MemoryStore()
     for step in steps:

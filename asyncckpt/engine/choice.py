@@ -1,0 +1,75 @@
+"""Which codec the next save takes under `codec="auto"`: the one whose saves are durable sooner, by what saves took.
+
+No figure of the store or the machine is asked for. A folder in memory takes bytes faster than an encoder makes them, so
+that compression only delays it and takes cores from training; behind a slow link fewer bytes arrive sooner. Which of the
+two holds depends on the cores that training leaves, so both are measured, again from time to time. Pure: no clock.
+"""
+
+from collections import deque
+
+from asyncckpt.options import Codec, StoredCodec
+from asyncckpt.store.base import Store
+
+MIN_BYTES = 32 * 2**20
+"""Saves below take as long as their requests do; they say nothing about bytes."""
+MARGIN = 0.05
+"""The other codec must be faster by this much: less is noise, and the usual one has its reasons (see `usual_codec`)."""
+FIRST_TRIAL, LAST_TRIAL = 4, 320
+"""Saves until the slower codec is tried again, since one measurement may have been disturbed; doubled whenever that changes nothing, so
+that a run of 300 saves has six trials."""
+_KEPT = 3  # measurements of each codec: the fastest of them counts, since disturbances only add
+
+
+def usual_codec(store: Store) -> StoredCodec:
+    """What `auto` begins with: `planes` where bytes cross a network and are paid for, `none` where they do not."""
+    return "planes" if store.min_part_bytes > 1 else "none"
+
+
+class CodecChoice:
+    """Chooses and learns. A fixed codec is chosen always.
+
+    The first save warms connections and pages and is not counted; the second measures the usual codec, the third the other.
+    """
+
+    def __init__(self, codec: Codec, usual: StoredCodec) -> None:
+        self._fixed: StoredCodec | None = None if codec == "auto" else codec
+        self._usual = usual
+        self._other: StoredCodec = "none" if usual == "planes" else "planes"
+        self._s_per_byte: dict[StoredCodec, deque[float]] = {
+            "planes": deque(maxlen=_KEPT),
+            "none": deque(maxlen=_KEPT),
+        }
+        self._warm = False
+        self._saves = 0  # since the slower codec was last tried
+        self._period = FIRST_TRIAL
+        self._best = usual
+
+    def choose(self) -> StoredCodec:
+        """The codec of the next save."""
+        if self._fixed is not None:
+            return self._fixed
+        slower = self._other if self._best == self._usual else self._usual
+        if self._s_per_byte[self._usual] and not self._s_per_byte[self._other]:
+            return self._other
+        return slower if self._saves >= self._period else self._best
+
+    def learn(self, codec: StoredCodec, raw_bytes: int, seconds: float) -> None:
+        """A save is committed, `seconds` after its snapshot was complete and nothing was before it in the queue."""
+        if self._fixed is not None or raw_bytes < MIN_BYTES:
+            return
+        if not self._warm:
+            self._warm = True
+            return
+        self._s_per_byte[codec].append(seconds / raw_bytes)
+        tried = codec != self._best
+        best = self._faster()
+        if tried:
+            self._period = FIRST_TRIAL if best != self._best else min(2 * self._period, LAST_TRIAL)
+        self._saves = 0 if tried else self._saves + 1
+        self._best = best
+
+    def _faster(self) -> StoredCodec:
+        usual, other = self._s_per_byte[self._usual], self._s_per_byte[self._other]
+        if not usual or not other:
+            return self._usual
+        return self._other if min(other) < (1 - MARGIN) * min(usual) else self._usual

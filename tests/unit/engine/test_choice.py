@@ -1,0 +1,94 @@
+"""`codec="auto"` takes the codec whose saves are durable sooner, and loses little by finding out."""
+
+import itertools
+import random
+
+import pytest
+
+from asyncckpt.engine.choice import FIRST_TRIAL, LAST_TRIAL, MIN_BYTES, CodecChoice, usual_codec
+from asyncckpt.store.memory import MemoryStore
+
+GB = 10**9
+
+
+class FarStore(MemoryStore):
+    min_part_bytes = 5 * 2**20
+
+
+def run(choice, saves, seconds):
+    """Save so often; `seconds(codec, save)` a GB. Returns the codecs."""
+    taken = []
+    for save in range(saves):
+        codec = choice.choose()
+        taken.append(codec)
+        choice.learn(codec, GB, seconds(codec, save))
+    return taken
+
+
+def test_a_network_begins_with_planes_and_a_folder_with_none():
+    assert usual_codec(FarStore()) == "planes"
+    assert usual_codec(MemoryStore()) == "none"
+
+
+@pytest.mark.parametrize("codec", ["planes", "zstd", "none"])
+def test_a_fixed_codec_is_taken_always(codec):
+    assert run(CodecChoice(codec, "planes"), 50, lambda *_: 1.0) == [codec] * 50
+
+
+def test_behind_a_slow_link_it_stays_with_planes():
+    taken = run(CodecChoice("auto", "planes"), 300, lambda codec, _: {"planes": 8.4, "none": 10.0}[codec])
+    assert taken[:3] == ["planes", "planes", "none"]
+    assert taken.count("none") <= 8
+
+
+def test_where_the_store_is_faster_than_the_encoder_it_leaves_planes():
+    taken = run(CodecChoice("auto", "planes"), 300, lambda codec, _: {"planes": 1.0, "none": 0.5}[codec])
+    assert taken[:5] == ["planes", "planes", "none", "none", "none"]
+    assert taken.count("planes") <= 9
+
+
+@pytest.mark.parametrize("usual", ["planes", "none"])
+@pytest.mark.parametrize("ratio", [0.3, 0.8, 0.97, 1.03, 1.2, 3.0])
+def test_in_the_long_run_it_loses_no_more_than_five_per_cent_against_the_better_choice(usual, ratio):
+    noise = random.Random(7)
+    cost = {"planes": 1.0, "none": ratio}
+
+    def seconds(codec, _):
+        spent[0] += cost[codec]
+        return cost[codec] * noise.uniform(1.0, 1.3)  # disturbances only add
+
+    spent = [0.0]
+    run(CodecChoice("auto", usual), 1000, seconds)
+    assert spent[0] <= 1.05 * 1000 * min(cost.values())
+
+
+def test_one_disturbed_measurement_is_found_out_soon():
+    disturbed = {1: 5.0}  # the only measurement of the usual codec so far
+    taken = run(
+        CodecChoice("auto", "none"),
+        20,
+        lambda codec, save: disturbed.get(save, {"none": 0.5, "planes": 1.0}[codec]),
+    )
+    assert taken[3] == "planes"
+    assert taken[4 + FIRST_TRIAL :] == ["none"] * (16 - FIRST_TRIAL) or taken[-5:].count("none") == 5
+
+
+def test_a_link_that_turns_slow_is_followed():
+    choice = CodecChoice("auto", "planes")
+    run(choice, 50, lambda codec, _: {"planes": 1.0, "none": 0.5}[codec])
+    taken = run(choice, 20, lambda codec, _: {"planes": 8.4, "none": 10.0}[codec])
+    assert taken[-10:].count("planes") >= 8
+
+
+def test_trials_become_rare_but_never_end():
+    taken = run(CodecChoice("auto", "none"), 2000, lambda codec, _: {"planes": 2.0, "none": 1.0}[codec])
+    trials = [save for save, codec in enumerate(taken) if codec == "planes"]
+    assert max(later - sooner for sooner, later in itertools.pairwise(trials)) <= LAST_TRIAL + 1
+    assert len(trials) < 14
+
+
+def test_saves_of_few_bytes_say_nothing():
+    choice = CodecChoice("auto", "none")
+    for _ in range(50):
+        assert choice.choose() == "none"
+        choice.learn("none", MIN_BYTES - 1, 1.0)
