@@ -15,8 +15,10 @@ MIN_BYTES = 32 * 2**20
 MARGIN = 0.05
 """The other codec must be faster by this much: less is noise, and the usual one has its reasons (see `usual_codec`)."""
 FIRST_TRIAL, LAST_TRIAL = 4, 320
-"""Saves until the slower codec is tried again, since one measurement may have been disturbed; doubled whenever that changes nothing, so
-that a run of 300 saves has six trials."""
+"""Saves until the slower codec is tried again; doubled whenever that changes nothing, so that a run of 300 saves has six trials."""
+SETTLING_SAVES = 5
+"""So many saves (of `MIN_BYTES` or more) come before the first that is chosen by what was measured."""
+_FIRST = 2  # measurements of each, before one is chosen: one alone may have been disturbed
 _KEPT = 3  # measurements of each codec: the fastest of them counts, since disturbances only add
 
 
@@ -28,7 +30,7 @@ def usual_codec(store: Store) -> StoredCodec:
 class CodecChoice:
     """Chooses and learns. A fixed codec is chosen always.
 
-    The first save warms connections and pages and is not counted; the second measures the usual codec, the third the other.
+    The first save warms connections and pages and is not counted; the four behind it measure the usual codec and the other in turns.
     """
 
     def __init__(self, codec: Codec, usual: StoredCodec) -> None:
@@ -48,9 +50,10 @@ class CodecChoice:
         """The codec of the next save."""
         if self._fixed is not None:
             return self._fixed
+        usual, other = len(self._s_per_byte[self._usual]), len(self._s_per_byte[self._other])
+        if other < _FIRST:
+            return self._other if other < usual else self._usual
         slower = self._other if self._best == self._usual else self._usual
-        if self._s_per_byte[self._usual] and not self._s_per_byte[self._other]:
-            return self._other
         return slower if self._saves >= self._period else self._best
 
     def learn(self, codec: StoredCodec, raw_bytes: int, seconds: float) -> None:
@@ -70,6 +73,6 @@ class CodecChoice:
 
     def _faster(self) -> StoredCodec:
         usual, other = self._s_per_byte[self._usual], self._s_per_byte[self._other]
-        if not usual or not other:
+        if len(other) < _FIRST:
             return self._usual
         return self._other if min(other) < (1 - MARGIN) * min(usual) else self._usual

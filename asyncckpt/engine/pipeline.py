@@ -17,11 +17,20 @@ from asyncckpt.format.plan import Plan, ShardPlan
 from asyncckpt.store.base import Buffer, Progress, Store, Upload
 
 IN_FLIGHT_BYTES = 256 * 2**20
-"""Encoded bytes waiting for or under upload, shared by all workers of a Saver."""
-UPLOAD_THREADS = 8
+"""Encoded bytes waiting for or under upload, shared by all workers of a Saver. Views of the arena take no memory and do not count."""
+PART_BYTES = 16 * 2**20
+"""Of one request, and so what a connection carries at a time: larger ones would leave too few of them in flight."""
+REMOTE_UPLOADS, LOCAL_UPLOADS = 16, 4
+"""Upload threads of a worker. A connection to S3 carries some 90 MB/s and each request first waits 30 ms; a folder gains nothing from
+more writers than cores, but a network filesystem may."""
 _PART_SLACK = 9_500  # parts planned per object; S3 allows 10,000
 
 Done = Callable[[ShardReceipt | None, BaseException | None], None]
+
+
+def upload_threads(store: Store) -> int:
+    """How many requests one worker has under way."""
+    return REMOTE_UPLOADS if store.min_part_bytes > 1 else LOCAL_UPLOADS
 
 
 class ByteBudget:
@@ -52,6 +61,7 @@ class _Part:
     offset: int
     data: list[Buffer] = field(default_factory=list)
     bytes: int = 0
+    held_bytes: int = 0  # of memory of its own, counted in the budget
 
 
 class _ShardPut:
@@ -79,10 +89,13 @@ class _ShardPut:
         if self._error is not None:
             return False
         size = len(data)
-        self._pipeline.budget.take(size, unsent=self._part.bytes)
+        held_bytes = 0 if isinstance(data, memoryview) else size
+        if held_bytes:
+            self._pipeline.budget.take(held_bytes, unsent=self._part.held_bytes)
         self._frames.append((raw_offset, raw_bytes, self._stored, size))
         self._part.data.append(data)
         self._part.bytes += size
+        self._part.held_bytes += held_bytes
         self._stored += size
         if self._part.bytes >= self._part_bytes:
             part, self._part = self._part, _Part(self._part.number + 1, self._stored)
@@ -94,7 +107,7 @@ class _ShardPut:
         part = self._part
         if error is not None:
             self._fail(error)
-            self._pipeline.budget.give_back(part.bytes)
+            self._pipeline.budget.give_back(part.held_bytes)
         elif part.number == 1:
             self._send(part, self._put_whole)
         elif part.bytes:
@@ -115,7 +128,7 @@ class _ShardPut:
             self._fail(error)
         finally:
             part.data.clear()
-            self._pipeline.budget.give_back(part.bytes)
+            self._pipeline.budget.give_back(part.held_bytes)
             with self._lock:
                 self._upload_s += time.perf_counter() - started
             self._close_one()
@@ -185,13 +198,13 @@ class Pipeline:
     def __init__(self, store: Store, *, workers: int = 1, progress: Progress = lambda: None) -> None:
         share = IN_FLIGHT_BYTES // workers
         self.store = store
-        self.part_bytes = share // 4
+        self.part_bytes = min(share // 4, PART_BYTES)
         self.budget = ByteBudget(share)
         self._progress = progress
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, name=f"asyncckpt-upload-{number}", daemon=True)
-            for number in range(UPLOAD_THREADS)
+            for number in range(upload_threads(store))
         ]
         for thread in self._threads:
             thread.start()

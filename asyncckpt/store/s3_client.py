@@ -17,7 +17,7 @@ from asyncckpt.store.base import Buffers, Progress, byte_views
 CONNECTIONS = 32
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0  # also bounds the sending of one piece of a body; a worker counts as hung after twice as long
-_PIECE_BYTES = 2**18
+_PIECE_BYTES = 2**21  # within the timeout above: 70 kB/s is the slowest connection that is not given up
 _SMALL_BYTES = 2**16
 
 
@@ -102,7 +102,7 @@ def body_of(data: Buffers, progress: Progress) -> "bytes | Body":
 class Body:
     """A list of buffers as the file that botocore sends. Joins only neighbours that are small.
 
-    `read(n)` returns up to 256 KiB whatever positive `n` is asked for: urllib3 asks for 16 KiB at a time, and so many
+    `read(n)` returns up to 2 MiB whatever positive `n` is asked for: urllib3 asks for 16 KiB at a time, and so many
     calls cost more CPU than all else in a request.
     """
 

@@ -9,6 +9,7 @@ from benchmarks.stores.base import Place
 _HOMES = {
     "asyncckpt": ("asyncckpt", "AsyncCkpt"),
     "asyncckpt-none": ("asyncckpt", "AsyncCkptNone"),
+    "asyncckpt-planes": ("asyncckpt", "AsyncCkptPlanes"),
     "asyncckpt-zstd": ("asyncckpt", "AsyncCkptZstd"),
     "asyncckpt-1worker": ("asyncckpt", "AsyncCkptOneWorker"),
     "dcp-thread": ("dcp", "DcpThread"),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import asyncckpt
+from asyncckpt.engine.choice import SETTLING_SAVES
 from asyncckpt.events import Event, SaveCommitted, SaveFailed, SaveReport, SaveSkipped, SaveStaged
 from benchmarks.peers import objects
 from benchmarks.peers.base import Peer, Saving, bytes_below, leaf_paths
@@ -18,6 +19,7 @@ class AsyncCkpt(Peer):
     """`options`: those of `asyncckpt.Saver`."""
 
     name = "asyncckpt"
+    settling_saves = SETTLING_SAVES  # codec "auto" measures what it may choose
     guards_steps = True
     asynchronous = True
     stores = frozenset({"folder", "s3"})
@@ -89,15 +91,27 @@ class AsyncCkptNone(AsyncCkpt):
     """Without compression."""
 
     name = "asyncckpt-none"
+    settling_saves = 0
 
     def __init__(self, place: Place, **options: Any) -> None:
         super().__init__(place, **{"codec": "none"} | options)
+
+
+class AsyncCkptPlanes(AsyncCkpt):
+    """Byte planes, compressed, whatever the store."""
+
+    name = "asyncckpt-planes"
+    settling_saves = 0
+
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__(place, **{"codec": "planes"} | options)
 
 
 class AsyncCkptZstd(AsyncCkpt):
     """Compressed, without byte planes: what `zstd -d` unpacks into a safetensors file."""
 
     name = "asyncckpt-zstd"
+    settling_saves = 0
 
     def __init__(self, place: Place, **options: Any) -> None:
         super().__init__(place, **{"codec": "zstd"} | options)

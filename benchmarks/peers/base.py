@@ -77,6 +77,7 @@ class Peer(ABC):
     guards_steps = False
     asynchronous = False
     stores = frozenset({"folder"})
+    settling_saves = 0  # so many come before the first that is like those of a long run
 
     def __init__(self, place: Place, **options: Any) -> None:
         if place.kind not in self.stores:

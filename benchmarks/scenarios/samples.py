@@ -27,6 +27,7 @@ class Round:
     """The saves of one window and what the loop did meanwhile. `copy_s`: a plain copy of the state, beside the same loop.
 
     `connections`: most that the server has had open at once so far. `plain_put_s`, `plain_get_s`: the bytes of one save, as plain HTTP.
+    `put_cpu_s_per_gb`: what putting them through this package's store costs its client, alone.
     """
 
     saves: tuple[Save, ...]
@@ -37,6 +38,7 @@ class Round:
     connections: int | None = None
     plain_put_s: float | None = None
     plain_get_s: float | None = None
+    put_cpu_s_per_gb: float | None = None
     speed: float | None = None
     gap_s: float | None = None
     quiet_gap_s: float | None = None
@@ -101,6 +103,7 @@ class Samples:
             "connections": self.rounds[0].connections,  # later counts hold those of plain copies
             "plain_put_s": _spread(one.plain_put_s for one in rounds),
             "plain_get_s": _spread(one.plain_get_s for one in rounds),
+            "put_cpu_s_per_gb": _spread(one.put_cpu_s_per_gb for one in rounds),
             "saves": float(len(saves)),
             "dropped": float(sum(len(one.saves) for one in self.rounds) - len(saves)),
             "foreign_cores": max(one.foreign_cores for one in rounds),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import asyncckpt
 from asyncckpt.engine.job import SaveJob, ShardReceipt
-from asyncckpt.engine.pipeline import UPLOAD_THREADS, Pipeline
+from asyncckpt.engine.pipeline import REMOTE_UPLOADS, Pipeline
 from asyncckpt.events import SaveReport
 from asyncckpt.format.digest import Buffer
 from asyncckpt.format.plan import Plan
@@ -49,7 +49,7 @@ def saving(bench: Bench, store_name: str, place: Place, encoded: Encoded, known:
     if place.folder is None:
         wire = _wire(bench, group, moved, size)
         yield wire
-        limit, connections = wire.as_limit(), (1, UPLOAD_THREADS)
+        limit, connections = wire.as_limit(), (1, REMOTE_UPLOADS)
     else:
         write = known["tmpfs"]
         limit, connections = Limit(write.name, write.fastest_s_per_gb * moved / size), (1,)
@@ -132,7 +132,7 @@ def saves(bench: Bench, store_name: str, place: Place, state: State, known: dict
     group = f"Whole save to {store_name}, idle main thread"
     reports: list[SaveReport] = []
     url, options = target(place)
-    with asyncckpt.Saver(url, store=options, keep=[asyncckpt.KeepLast(1)]) as saver:
+    with asyncckpt.Saver(url, codec="planes", store=options, keep=[asyncckpt.KeepLast(1)]) as saver:
         saver.prepare(state.objects)
         for step in range(1, bench.rounds + 2):
             state.advance()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.stores.base import Place, Store
 
-NAMES = ("tmpfs", "disk", "sink", "wan", "rclone")
+NAMES = ("tmpfs", "disk", "sink", "wan", "slow", "rclone")
 
 __all__ = ["NAMES", "Place", "Store", "open_store"]
 
@@ -25,6 +25,8 @@ def open_store(name: str, folder: Path) -> Store:
         return SinkStore(name)
     if name == "wan":
         return SinkStore(name, latency_ms=30, mb_per_s=90)
+    if name == "slow":
+        return SinkStore(name, latency_ms=30, mb_per_s=20)
     if name == "rclone":
         return RcloneStore(folder)
     raise ValueError(f"no such store: {name}; there are {', '.join(NAMES)}")
