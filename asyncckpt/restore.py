@@ -67,7 +67,7 @@ def restore(
     `"latest"` and `Best` pass over a damaged checkpoint, with a warning that names what is wrong, to the next one; a step asked
     for by number raises. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
     and not downloaded. Raises `CheckpointNotFoundError`, `StateMismatchError` or a `CorruptCheckpointError`; the
-    state is then as it was.
+    state is then as it was, unless the message says that an object changed between its two readings.
     """
     with opened(url, store, hooks) as place:
         restored = restore_from(place, state, step=step, strict=strict, hooks=events.Hooks(tuple(hooks))).restored

@@ -16,8 +16,9 @@ from asyncckpt.engine.worker import run_worker
 from asyncckpt.options import KeepRule
 
 STARVED_SHARE = 0.8
-STARVED_NICE = 10
-"""Of workers that follow one that starved: a tenth of a core that is busy otherwise."""
+STARVED_NICE = 15
+"""Of workers that follow one that starved: a thirtieth of a core that is busy otherwise, and twice what nice 19 gets. At 10 a training loop
+on all cores kept half of its speed, for each of its threads waits for the slowest."""
 
 
 @dataclass(slots=True, eq=False)

@@ -51,8 +51,8 @@ class Homes:
             found.pop(path, None)
         offered = {real_path(path) for path, _ in self._offers}
         for path in self._missing:
-            if path in wanted and path not in offered:
-                dtype, shape = self._specs[path]
+            dtype, shape = self._specs[path]
+            if path in wanted and path not in offered and dtype in BY_NAME:
                 found[path] = torch.empty(shape, dtype=BY_NAME[dtype])
                 self.handed.add(id(found[path]))
                 self._made.append(found[path])

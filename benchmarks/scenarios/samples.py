@@ -27,7 +27,7 @@ class Round:
     """The saves of one window and what the loop did meanwhile. `copy_s`: a plain copy of the state, beside the same loop.
 
     `connections`: most that the server has had open at once so far. `plain_put_s`, `plain_get_s`: the bytes of one save, as plain HTTP.
-    `put_cpu_s_per_gb`: what putting them through this package's store costs its client, alone.
+    `lost_s`: of the loop's time, by each save. `put_cpu_s_per_gb`: what putting them through this package's store costs its client, alone.
     """
 
     saves: tuple[Save, ...]
@@ -40,6 +40,7 @@ class Round:
     plain_get_s: float | None = None
     put_cpu_s_per_gb: float | None = None
     speed: float | None = None
+    lost_s: float | None = None
     gap_s: float | None = None
     quiet_gap_s: float | None = None
     quiet_series: list[list[float]] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Samples:
             "durable_s": spread(save.durable_s for save in saves),
             "durable_s_per_gb": spread(save.durable_s / gb for save in saves),
             "main_speed": _spread(one.speed for one in rounds),
+            "lost_s": _spread(one.lost_s for one in rounds),
             "longest_gap_s": _most(one.gap_s for one in rounds),
             "quiet_gap_s": _most(one.quiet_gap_s for one in rounds),
             "stored_bytes": spread(save.stored_bytes for save in saves),

@@ -185,6 +185,7 @@ def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
         plain_get_s=plain[1] if plain else None,
         put_cpu_s_per_gb=puts / saves[0].stored_bytes * 1e9 if puts else None,
         speed=None if idle or not counted else window.per_s / before.per_s,
+        lost_s=None if idle or not counted else (1 - window.per_s / before.per_s) * window.elapsed_s / len(saves),
         gap_s=None if idle else window.longest_gap_s,
         quiet_gap_s=None if idle else before.longest_gap_s,
         quiet_series=[] if idle else before.series(),

@@ -29,7 +29,7 @@ def busy_cores():
 def test_a_worker_that_gets_no_core_is_followed_by_one_that_yields_less(tmp_path, busy_cores):
     seen = []
     state = {"model": {str(at): torch.randn(4_000_000) for at in range(12)}}  # 192 MB, some tenths of a second alone
-    with TunedSaver(tmp_path, hooks=[seen.append], engine_options={"starved_s": 2.0}) as saver:
+    with TunedSaver(tmp_path, codec="planes", hooks=[seen.append], engine_options={"starved_s": 2.0}) as saver:
         save = saver.save(1, state)
         save.result(120)
         (service,) = services(os.getpid())
@@ -45,7 +45,7 @@ def test_a_worker_that_gets_no_core_is_followed_by_one_that_yields_less(tmp_path
 def test_workers_give_their_memory_back_when_a_save_has_ended_with_and_without_retention(tmp_path):
     state = {"model": {str(at): torch.randn(1_000_000) for at in range(24)}}  # 96 MB
     for keep in ([], [asyncckpt.KeepLast(2)]):
-        with Saver(tmp_path / str(len(keep)), keep=keep) as saver:
+        with Saver(tmp_path / str(len(keep)), codec="planes", keep=keep) as saver:
             for step in (1, 2, 3):
                 saver.save(step, state).result()
             (service,) = services(os.getpid())

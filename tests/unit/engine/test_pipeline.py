@@ -9,7 +9,7 @@ import pytest
 
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob
-from asyncckpt.engine.pipeline import UPLOAD_THREADS, ByteBudget, Pipeline
+from asyncckpt.engine.pipeline import LOCAL_UPLOADS, ByteBudget, Pipeline
 from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
 from asyncckpt.store.memory import MemoryStore
 from tests.faulty import FaultyStore
@@ -206,7 +206,7 @@ def test_a_failed_shard_holds_no_view_of_the_arena(operation):
 def test_the_threads_are_gone_after_close():
     before = threading.active_count()
     pipeline = Pipeline(MemoryStore())
-    assert threading.active_count() == before + UPLOAD_THREADS
+    assert threading.active_count() == before + LOCAL_UPLOADS
     pipeline.close()
     assert threading.active_count() == before
 
@@ -214,11 +214,11 @@ def test_the_threads_are_gone_after_close():
 def test_close_finishes_what_was_given():
     pipeline = Pipeline(MemoryStore())
     gate, ran = threading.Event(), []
-    for number in range(2 * UPLOAD_THREADS):
+    for number in range(2 * LOCAL_UPLOADS):
         pipeline.run(lambda number=number: (gate.wait(PATIENCE_S), ran.append(number)))
     gate.set()
     pipeline.close()
-    assert sorted(ran) == list(range(2 * UPLOAD_THREADS))
+    assert sorted(ran) == list(range(2 * LOCAL_UPLOADS))
 
 
 def test_progress_is_told_while_a_shard_is_encoded():
