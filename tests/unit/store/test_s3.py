@@ -290,9 +290,9 @@ def test_another_range_than_asked_for_is_refused(store: S3Store, sent: str) -> N
 def test_progress_is_told_while_bytes_move(moto_endpoint: str, s3_bucket: str) -> None:
     beats = []
     with S3Store(s3_bucket, "", S3Options(endpoint_url=moto_endpoint), progress=lambda: beats.append(1)) as store:
-        store.put("a", [bytes(2**20)] * 3)
+        store.put("a", [bytes(2**22)] * 6)
         sent = len(beats)
-        store.get_into("a", 0, memoryview(bytearray(3 * 2**20)))
+        store.get_into("a", 0, memoryview(bytearray(6 * 2**22)))
     assert sent >= 12
     assert len(beats) - sent >= 3
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncckpt.store.s3_client import Body, body_of
+from asyncckpt.store.s3_client import _PIECE_BYTES, Body, body_of
 
 SIZES = st.lists(st.sampled_from([0, 1, 7, 1000, 2**16 - 1, 2**16, 2**16 + 1, 300_000]), max_size=8)
 
@@ -29,7 +29,7 @@ def test_a_body_reads_like_the_joined_bytes(sizes: list[int], asked: int, start:
     assert body.seek(start) == min(start, len(whole))
     pieces = list(iter(lambda: body.read(asked), b""))
     assert b"".join(pieces) == whole[start:]
-    assert all(0 < len(piece) <= max(asked, 2**18) for piece in pieces)
+    assert all(0 < len(piece) <= max(asked, _PIECE_BYTES) for piece in pieces)
     assert body.tell() == len(whole)
     body.seek(0)
     assert body.read() == whole
