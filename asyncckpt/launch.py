@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import mmap
@@ -84,6 +85,7 @@ class Launcher:
         self._copier = Copier()
         self._arenas = ArenaPool(pending, shared=shared)
         self._plans: collections.OrderedDict[tuple[int, StoredCodec], _Planned] = collections.OrderedDict()
+        self._planning = threading.RLock()
         self._flights: dict[int, _Flight] = {}
         self._engine: Engine | None = None
         self._probed = False
@@ -124,6 +126,7 @@ class Launcher:
     def provide(self, state: Mapping[str, Any]) -> None:
         """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""
         planned = self._plan(self._flattener.flatten(state).structure)
+        self._plan_ahead(planned.structure)
         self._engine_started()
         fresh: list[Arena] = []
         while len(fresh) < self.pending and (arena := self._take(planned.plan)) is not None:
@@ -161,7 +164,6 @@ class Launcher:
         flight = self._flights.pop(number, None)
         if flight is None:
             return
-        self._arenas.give_back(flight.arena)
         report = None
         if outcome is not None and outcome.result == "exists" and flight.request.on_exists == "raise":
             error = errors.CheckpointConflictError(
@@ -173,7 +175,10 @@ class Launcher:
             if outcome.result == "committed":
                 since_s = max(flight.save._started_s + report.staged_s, self._ended_s)
                 self._choice.learn(flight.planned.plan.codec, report.raw_bytes, time.perf_counter() - since_s)
+        elif error is not None and flight.copy is not None and flight.copy.error is None:
+            self._choice.failed(flight.planned.plan.codec)
         self._ended_s = time.perf_counter()
+        self._arenas.give_back(flight.arena)  # whoever waits for it chooses a codec next
         self._ledger.conclude(flight.save, report, error)
 
     def event(self, event: events.Event) -> None:
@@ -194,8 +199,6 @@ class Launcher:
             self.ended(number, None, copy.error)
             return
         try:
-            # told before it is handed over, which takes some turns of the GIL: steps go on already
-            self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
             engine.submit(self._job(flight), flight.planned.plan, flight.arena, write_state(flat.values))
         except errors.CheckpointError as error:
             self.ended(number, None, error)
@@ -205,7 +208,9 @@ class Launcher:
             failure.__cause__ = error
             self.ended(number, None, failure)
             return
-        flight.save._staged.set()  # who waits for this may also be killed then: the service goes on
+        flight.save._staged.set()
+        self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
+        self._plan_ahead(flight.planned.structure)
 
     def _engine_started(self) -> Engine:
         if self._engine is not None and self._engine.broken:
@@ -243,16 +248,30 @@ class Launcher:
         )
 
     def _plan(self, structure: Structure) -> _Planned:
-        codec = self._choice.choose()
-        known = self._plans.get((id(structure), codec))
-        if known is None:
-            known = _Planned(next(self._structures), structure, plan(structure, codec=codec))
-            self._plans[id(structure), codec] = known
+        return self._planned(structure, self._choice.choose())
+
+    def _plan_ahead(self, structure: Structure) -> None:
+        """Make the plans that later saves may need: 20,000 tensors take 0.2 s, which `save()` should not."""
+        for codec in self._choice.possible:
+            self._planned(structure, codec)
+
+    def _planned(self, structure: Structure, codec: StoredCodec) -> _Planned:
+        with self._planning:
+            known = self._plans.get((id(structure), codec))
+            if known is not None:
+                return known
+            made = plan(structure, codec=codec)
+            for other in self._choice.possible:
+                sibling = self._plans.get((id(structure), other))
+                if sibling is not None and sibling.plan.tensor_offsets == made.tensor_offsets:
+                    # one and the same object: what the copier keeps for the one serves the other
+                    made = dataclasses.replace(made, tensor_offsets=sibling.plan.tensor_offsets)
+            known = self._plans[id(structure), codec] = _Planned(next(self._structures), structure, made)
             if len(self._plans) > _MAX_PLANS:
                 _, oldest = self._plans.popitem(last=False)
                 if self._engine is not None and all(f.planned is not oldest for f in self._flights.values()):
                     self._engine.forget_structure(oldest.number)
-        return known
+            return known
 
     def _take(self, layout: Plan) -> Arena | None:
         try:

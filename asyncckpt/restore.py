@@ -121,7 +121,7 @@ def restore_from(
         record = read_record(store, number)
         index = read_index(store, record)
         wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
-        _bring(store, index, wanted, step=number, hooks=hooks)
+        _bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
     found = first_good(store, step, hooks, read)
@@ -146,14 +146,15 @@ def load_from(
     return trees.unflatten(node, tensors.__getitem__, values, prefix)
 
 
-def _bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, hooks: events.Hooks) -> None:
+def _bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, strict: bool, hooks: events.Hooks) -> None:
     """Everything is read and verified, then it enters the objects: from a buffer, or straight from the store where that may be."""
 
     def real_path(path: str) -> str:
         return index.aliases.get(path, path)
 
     real_paths = set(map(real_path, wanted.paths))
-    homes = wanted.homes(direct_paths(store, index, real_paths), real_path)
+    by_group = wanted.homes(direct_paths(store, index, real_paths), real_path)
+    homes = {path: tensor for inner in by_group.values() for path, tensor in inner.items()}
     staged = [path for path in wanted.paths if real_path(path) not in homes]
     home_bytes = sum(tensor.nbytes for tensor in homes.values())
     total_bytes = sum(index.tensors[path].raw_bytes for path in real_paths if path in index.tensors)
@@ -164,13 +165,26 @@ def _bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, hooks:
         def verified(done_bytes: int, _: int) -> None:
             shown(total_bytes - home_bytes + done_bytes // 2, total_bytes)  # the other half when it is in its place
 
-        def filled(done_bytes: int, _: int) -> None:
-            shown(total_bytes - (home_bytes - done_bytes) // 2, total_bytes)
+        missing_bytes = home_bytes
 
-        def fill() -> None:
-            if homes:
-                places = {path: memory_of(tensor) for path, tensor in homes.items()}
+        def fill(group: str) -> None:
+            nonlocal missing_bytes
+            if group not in by_group:
+                return
+            before_bytes = missing_bytes
+
+            def filled(done_bytes: int, _: int) -> None:
+                shown(total_bytes - (before_bytes - done_bytes) // 2, total_bytes)
+
+            try:
+                places = {path: memory_of(tensor) for path, tensor in by_group[group].items()}
                 fill_direct(store, index, places, progress=filled)
+            except errors.CheckpointError as error:
+                error.message += "; the state is partly overwritten: restore again, or start anew"
+                if strict:
+                    raise  # an older checkpoint has every name too, so falling back overwrites all of it
+                raise errors.CheckpointError(error.message, key=error.key) from error
+            missing_bytes -= sum(tensor.nbytes for tensor in by_group[group].values())
 
         if homes:
             verify_direct(store, index, homes, progress=verified)

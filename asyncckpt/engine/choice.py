@@ -5,6 +5,7 @@ that compression only delays it and takes cores from training; behind a slow lin
 two holds depends on the cores that training leaves, so both are measured, again from time to time. Pure: no clock.
 """
 
+import math
 from collections import deque
 
 from asyncckpt.options import Codec, StoredCodec
@@ -46,6 +47,11 @@ class CodecChoice:
         self._period = FIRST_TRIAL
         self._best = usual
 
+    @property
+    def possible(self) -> tuple[StoredCodec, ...]:
+        """Every codec that `choose` may return."""
+        return (self._usual, self._other) if self._fixed is None else (self._fixed,)
+
     def choose(self) -> StoredCodec:
         """The codec of the next save."""
         if self._fixed is not None:
@@ -63,7 +69,16 @@ class CodecChoice:
         if not self._warm:
             self._warm = True
             return
-        self._s_per_byte[codec].append(seconds / raw_bytes)
+        self._measured(codec, seconds / raw_bytes)
+
+    def failed(self, codec: StoredCodec) -> None:
+        """A save was staged and did not commit: as slow as can be, or one that always fails with this codec would be tried for ever."""
+        if self._fixed is None:
+            self._warm = True
+            self._measured(codec, math.inf)
+
+    def _measured(self, codec: StoredCodec, s_per_byte: float) -> None:
+        self._s_per_byte[codec].append(s_per_byte)
         tried = codec != self._best
         best = self._faster()
         if tried:

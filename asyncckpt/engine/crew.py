@@ -18,11 +18,8 @@ class Crew(Generic[Item]):
         self._lock = threading.Lock()
         self._next = 0
         self._error: BaseException | None = None
-
-    @property
-    def failed(self) -> bool:
+        self.failed = False
         """Whether an item failed: what is under way is needless."""
-        return self._error is not None
 
     def run(self, count: int, report: Callable[[], None] = lambda: None) -> None:
         """Serve all items on `count` threads, and call `report` on this one ten times a second and at the end.
@@ -45,17 +42,22 @@ class Crew(Generic[Item]):
                 if thread.ident is not None:
                     thread.join()
             del self._worker  # it leads to whoever holds this crew, and to the memory of a whole state
-        if self._error is not None:
-            raise self._error
+            failure, self._error = self._error, None  # and so does its traceback
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
         report()
 
     def _stop(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
+            self.failed = True
 
     def _take(self) -> Item | None:
         with self._lock:
-            if self._error is not None or self._next == len(self._items):
+            if self.failed or self._next == len(self._items):
                 return None
             self._next += 1
             return self._items[self._next - 1]

@@ -115,9 +115,7 @@ class _Reading:
         if hasher.digest() != run.digest:
             if place is None:
                 raise errors.DigestMismatchError(f"the bytes of tensor {run.path!r} differ from their digest")
-            raise errors.DigestMismatchError(
-                f"the bytes of tensor {run.path!r} changed while they were restored; the state is partly overwritten"
-            )
+            raise errors.DigestMismatchError(f"the bytes of tensor {run.path!r} changed while they were restored")
 
 
 def _runs(index: Index, path: str) -> list[_Run]:

@@ -21,16 +21,19 @@ IN_FLIGHT_BYTES = 256 * 2**20
 PART_BYTES = 16 * 2**20
 """Of one request, and so what a connection carries at a time: larger ones would leave too few of them in flight."""
 REMOTE_UPLOADS, LOCAL_UPLOADS = 16, 4
-"""Upload threads of a worker. A connection to S3 carries some 90 MB/s and each request first waits 30 ms; a folder gains nothing from
-more writers than cores, but a network filesystem may."""
+"""Upload threads of a worker, at most. A connection to S3 carries some 90 MB/s and each request first waits 30 ms; a folder gains nothing
+from more writers than cores, but a network filesystem may."""
+ALL_UPLOADS = 2 * REMOTE_UPLOADS
+"""Of all workers of a Saver: on a thin uplink more connections would only time out."""
 _PART_SLACK = 9_500  # parts planned per object; S3 allows 10,000
 
 Done = Callable[[ShardReceipt | None, BaseException | None], None]
 
 
-def upload_threads(store: Store) -> int:
-    """How many requests one worker has under way."""
-    return REMOTE_UPLOADS if store.min_part_bytes > 1 else LOCAL_UPLOADS
+def upload_threads(store: Store, workers: int) -> int:
+    """How many requests one of so many workers has under way."""
+    most = REMOTE_UPLOADS if store.min_part_bytes > 1 else LOCAL_UPLOADS
+    return max(1, min(most, ALL_UPLOADS // workers))
 
 
 class ByteBudget:
@@ -204,7 +207,7 @@ class Pipeline:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, name=f"asyncckpt-upload-{number}", daemon=True)
-            for number in range(upload_threads(store))
+            for number in range(upload_threads(store, workers))
         ]
         for thread in self._threads:
             thread.start()

@@ -11,7 +11,7 @@ Getter = Callable[[str], torch.Tensor]
 
 def private(get: Getter) -> Getter:
     """The same tensors as copies that an object may keep."""
-    return lambda path: get(path).clone()
+    return lambda path: get(path).detach().clone()
 
 
 def overlaps(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ buffer, as is everything of an object whose own code could look at the values be
 
 import ctypes
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ class Homes:
         for path in self._missing:
             dtype, shape = self._specs[path]
             if path in wanted and path not in offered and dtype in BY_NAME:
-                found[path] = torch.empty(shape, dtype=BY_NAME[dtype])
+                found[path] = torch.empty(shape, dtype=BY_NAME[dtype], device="cpu")
                 self.handed.add(id(found[path]))
                 self._made.append(found[path])
         return found
@@ -62,7 +63,9 @@ class Homes:
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a home, writable. Autograd and snapshots in flight are told that they change."""
     torch.autograd.graph.increment_version(tensor)
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    content: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    content.owner = tensor  # lives as long as any view of its memory
+    return memoryview(content).cast("B")
 
 
 def _on_host(tensor: torch.Tensor) -> bool:

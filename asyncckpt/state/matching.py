@@ -134,7 +134,7 @@ class Matching:
             self.problems.append(f"{path}: the array is read-only; pass a writable one")
 
         def restore(get: Getter) -> Any:
-            np.copyto(target, get(path).numpy())
+            np.copyto(target, get(path).detach().numpy())
             return target
 
         return restore

@@ -84,6 +84,8 @@ def _may_keep(module: nn.Module) -> bool:
         or "_load_from_state_dict" in inner.__dict__
         or not _torchs(type(inner)._load_from_state_dict)
         or not _torchs(type(inner).load_state_dict)
+        or "set_extra_state" in inner.__dict__
+        or not _torchs(type(inner).set_extra_state)
         for inner in module.modules()
     )
 

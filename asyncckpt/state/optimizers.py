@@ -108,8 +108,9 @@ class OptimizerLoad:
     ) -> None:
         """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits."""
         for key, value in saved.items() if isinstance(saved, dict) else ():
-            if id(value) in self._handed:
-                current[key] = value  # made for this state, by nobody else held
+            if id(value) in self._handed and value.device == parameter.device:
+                self._handed.discard(id(value))  # made for this state; another that asks for it gets a copy
+                current[key] = value
             elif key in current:
                 device = None if key == "step" and not hosted else parameter.device
                 current[key] = _exact(value, current[key], before.get(key), device)
@@ -158,7 +159,7 @@ def _exact(saved: Any, current: Any, before: Any, device: torch.device | None) -
         if isinstance(before, torch.Tensor) and (before.shape, before.dtype, before.device) == fits:
             copy_exact(before, saved)
             return before
-        return saved.to(place, copy=True)
+        return saved.detach().to(place, copy=True)
     if isinstance(saved, dict) and isinstance(current, dict):
         return {key: _exact(saved.get(key), inner, None, device) for key, inner in current.items()}
     if isinstance(saved, list | tuple) and isinstance(current, list | tuple) and len(saved) == len(current):

@@ -165,18 +165,19 @@ class Work:
 
 @dataclass(slots=True)
 class Views:
-    """Tensors that stand for the bytes of arenas, as a plan lays them out; kept for the last plan of each arena.
+    """Tensors that stand for the bytes of arenas, as a plan lays them out; kept for the last layout of each arena.
 
     They do not keep the map open: using one after `arena.close()` is a segmentation fault, so `forget` it before.
     """
 
-    _known: dict[int, tuple[Arena, "Plan", list[torch.Tensor]]] = field(default_factory=dict)
+    _known: dict[int, tuple[Arena, tuple[int, ...], list[torch.Tensor]]] = field(default_factory=dict)
 
     def of(self, arena: Arena, plan: "Plan") -> list[torch.Tensor]:
         """One view for each tensor of the plan's structure."""
         known = self._known.get(arena.address)
-        if known is None or known[0] is not arena or known[1] is not plan:
-            known = self._known[arena.address] = (arena, plan, _views(arena, plan))
+        offsets = plan.tensor_offsets
+        if known is None or known[0] is not arena or known[1] is not offsets:
+            known = self._known[arena.address] = (arena, offsets, _views(arena, plan))
         return known[2]
 
     def forget(self, arena: Arena) -> None:

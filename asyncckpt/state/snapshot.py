@@ -178,7 +178,7 @@ class Copier:
         self._views = Views()
         self._pins = cuda.Pins()
         self._lanes: dict[torch.device, cuda.Lane] = {}
-        self._cut: tuple[Plan, tuple[bool, ...], bool, list[int], Parts] | None = None
+        self._cut: tuple[tuple[int, ...], tuple[bool, ...], bool, list[int], Parts] | None = None
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[Copy, Then] | None] = queue.SimpleQueue()
         self._stop: weakref.finalize[Any, Any] | None = None
@@ -250,8 +250,9 @@ class Copier:
     def _work(self, flat: "Flat", plan: "Plan", arena: Arena, *, overlap: bool) -> Work:
         devices = devices_of(flat.tensors)
         known = self._cut
-        if known is None or known[0] is not plan or known[1:4] != (flat.overlappable, overlap, devices):
-            known = self._cut = (plan, flat.overlappable, overlap, devices, cut(flat, plan, overlap=overlap))
+        offsets = plan.tensor_offsets  # of one object are one structure, whatever the codec
+        if known is None or known[0] is not offsets or known[1:4] != (flat.overlappable, overlap, devices):
+            known = self._cut = (offsets, flat.overlappable, overlap, devices, cut(flat, plan, overlap=overlap))
         parts = known[4]
         lanes = []
         for part in parts.lanes:

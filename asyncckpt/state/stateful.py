@@ -19,27 +19,37 @@ class RestorePlan:
 
     paths: tuple[str, ...]
     _state: Mapping[Any, Any]
-    _places: tuple[tuple[Any, Place], ...]
+    _places: tuple[tuple[Any, str, Place], ...]
     _targets: tuple[tuple[torch.Tensor, str], ...]
     _homes: Homes
 
-    def homes(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, torch.Tensor]:
-        """Those of `paths` whose bytes may be read into place before `apply`, and where. `real_path`: of an alias."""
-        return self._homes.choose(paths, real_path, self._targets)
+    def homes(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Those of `paths` whose bytes may be read into place by `apply`, and where, for each group. `real_path`: of an alias.
 
-    def apply(self, tensor: Getter, *, fill: Callable[[], None] = lambda: None) -> None:
+        What two groups need has none: the second would find what the first one's own code made of it.
+        """
+        needed: dict[str, set[str]] = {}
+        for path in self.paths:
+            needed.setdefault(real_path(path), set()).add(path.partition("/")[0])
+        alone = {path: groups for path in paths if len(groups := needed.get(path, set())) == 1}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for path, tensor in self._homes.choose(alone, real_path, self._targets).items():
+            found.setdefault(next(iter(alone[path])), {})[path] = tensor
+        return found
+
+    def apply(self, tensor: Getter, *, fill: Callable[[str], None] = lambda _: None) -> None:
         """Copy everything into the objects. No object keeps a tensor that `tensor` returned, unless `homes` made it.
 
-        `fill` is called when nothing stands in the way any more, before anything is copied: it fills the homes, which
-        `tensor` returns for their paths.
+        `fill(group)` is called when nothing stands in the way any more, just before a group is restored: it fills the
+        group's homes, which `tensor` returns for their paths.
 
         Raises:
             StateMismatchError: Targets that share memory would get different values; nothing was changed.
             CheckpointError: A `load_state_dict` raised; the groups before it are restored, it and those behind it are not.
         """
         self._check_ties(tensor)
-        fill()
-        for key, place in self._places:
+        for key, name, place in self._places:
+            fill(name)
             try:
                 value = place(tensor)
             except Exception as error:
@@ -87,7 +97,7 @@ def plan_restore(
         name = match.name(key, "")
         if name is not None and name in groups:
             place = match.place(target, groups[name], name)
-            places.append((key, place))
+            places.append((key, name, place))
             if not isinstance(state, MutableMapping) and not restored_in_place(target):
                 match.problems.append(f"{name}: the state is read-only, so this value cannot be put back; pass a dict")
         elif name is not None:

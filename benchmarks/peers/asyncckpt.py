@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 import asyncckpt
-from asyncckpt.engine.choice import SETTLING_SAVES
 from asyncckpt.events import Event, SaveCommitted, SaveFailed, SaveReport, SaveSkipped, SaveStaged
 from benchmarks.peers import objects
 from benchmarks.peers.base import Peer, Saving, bytes_below, leaf_paths
@@ -19,7 +18,7 @@ class AsyncCkpt(Peer):
     """`options`: those of `asyncckpt.Saver`."""
 
     name = "asyncckpt"
-    settling_saves = SETTLING_SAVES  # codec "auto" measures what it may choose
+    measures_itself = True  # codec "auto"
     guards_steps = True
     asynchronous = True
     stores = frozenset({"folder", "s3"})
@@ -71,7 +70,7 @@ class AsyncCkpt(Peer):
     def _on_event(self, event: Event) -> None:
         """On the listener thread, like a peer's future callbacks."""
         if isinstance(event, SaveStaged):
-            self._savings[event.step].staged()
+            self._savings[event.step].staged(event.staged_s)
         elif isinstance(event, SaveCommitted):
             self.reports[event.report.step] = event.report
             self._savings[event.report.step].durable()
@@ -91,7 +90,7 @@ class AsyncCkptNone(AsyncCkpt):
     """Without compression."""
 
     name = "asyncckpt-none"
-    settling_saves = 0
+    measures_itself = False
 
     def __init__(self, place: Place, **options: Any) -> None:
         super().__init__(place, **{"codec": "none"} | options)
@@ -101,7 +100,7 @@ class AsyncCkptPlanes(AsyncCkpt):
     """Byte planes, compressed, whatever the store."""
 
     name = "asyncckpt-planes"
-    settling_saves = 0
+    measures_itself = False
 
     def __init__(self, place: Place, **options: Any) -> None:
         super().__init__(place, **{"codec": "planes"} | options)
@@ -111,7 +110,7 @@ class AsyncCkptZstd(AsyncCkpt):
     """Compressed, without byte planes: what `zstd -d` unpacks into a safetensors file."""
 
     name = "asyncckpt-zstd"
-    settling_saves = 0
+    measures_itself = False
 
     def __init__(self, place: Place, **options: Any) -> None:
         super().__init__(place, **{"codec": "zstd"} | options)

@@ -34,10 +34,10 @@ class Saving:
         """The call is over."""
         self.returned_s = time.perf_counter() - self._started_s
 
-    def staged(self, error: BaseException | None = None) -> None:
-        """The snapshot is complete: the state may change."""
+    def staged(self, after_s: float | None = None, *, error: BaseException | None = None) -> None:
+        """The snapshot is complete: the state may change. `after_s`: since when, if the news comes later."""
         if not self._staged.is_set():  # news of the snapshot may come after news of the end
-            self.staged_s = time.perf_counter() - self._started_s
+            self.staged_s = time.perf_counter() - self._started_s if after_s is None else after_s
             self._error = self._error or error
             self._staged.set()
 
@@ -77,7 +77,7 @@ class Peer(ABC):
     guards_steps = False
     asynchronous = False
     stores = frozenset({"folder"})
-    settling_saves = 0  # so many come before the first that is like those of a long run
+    measures_itself = False  # its first saves try what it may choose
 
     def __init__(self, place: Place, **options: Any) -> None:
         if place.kind not in self.stores:

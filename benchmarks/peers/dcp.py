@@ -117,7 +117,9 @@ class DcpAsync(Dcp):
         )
         saving.returned()
         if isinstance(response, AsyncSaveResponse):
-            response.staging_completion.add_done_callback(lambda future: saving.staged(_ordinary(future.exception())))
+            response.staging_completion.add_done_callback(
+                lambda future: saving.staged(error=_ordinary(future.exception()))
+            )
             upload = response.upload_completion
         else:
             saving.staged()  # it has copied before it returned

@@ -43,7 +43,7 @@ class TorchCheckpointing(Peer):
         staged = self._manager._staging_future
         assert written is not None
         assert staged is not None
-        staged.add_done_callback(lambda future: saving.staged(future.exception()))
+        staged.add_done_callback(lambda future: saving.staged(error=future.exception()))
 
         def finish(future: Future[Any]) -> None:
             error = future.exception()

@@ -30,7 +30,8 @@ class Scenario:
     """One row of the table. `kind` chooses the procedure: `saves`, `growth`, `memory` or `codec`.
 
     `quick`: in the quick set; `full_rounds` and `full_peers` are the full set's choice where it differs. `uncounted`: first rounds
-    of every system that are not counted. `workers`, `codec`: of asyncckpt, None: its default. `verified` False: nothing can be
+    of every system that are not counted; `settles`: five saves of every
+    system come before them. `workers`, `codec`: of asyncckpt, None: its default. `verified` False: nothing can be
     read back from the store.
     """
 
@@ -49,6 +50,7 @@ class Scenario:
     workers: int | None = None
     codec: str | None = None
     uncounted: int = 1
+    settles: bool = True
     verified: bool = True
 
 
@@ -142,6 +144,8 @@ class Run:
             "warm": self.choices.warm,
             "workers": scenario.workers,
             "codec": scenario.codec,
+            "uncounted": scenario.uncounted,
+            "settles": scenario.settles,
         } | found.pop("settings", {})
         return Result(
             scenario=scenario.name,

@@ -1,6 +1,7 @@
 """What one system did over all rounds, and how that becomes figures."""
 
 import contextlib
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -107,6 +108,8 @@ class Samples:
             "plain_get_s": _spread(one.plain_get_s for one in rounds),
             "put_cpu_s_per_gb": _spread(one.put_cpu_s_per_gb for one in rounds),
             "saves": float(len(saves)),
+            "durable_mean_s": statistics.fmean(save.durable_s for save in saves),
+            "disturbed": float(len(saves)) if rounds[0].foreign_cores > FOREIGN_CORES else None,
             "dropped": float(sum(len(one.saves) for one in self.rounds) - len(saves)),
             "foreign_cores": max(one.foreign_cores for one in rounds),
         }

@@ -1,6 +1,7 @@
 """Large tensors of a folder are read into the live objects without a buffer, after all of them were verified."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from asyncckpt import errors, events
 from asyncckpt.format import keys
 from asyncckpt.restore import restore, restore_from
-from asyncckpt.state.homes import Homes
+from asyncckpt.state.homes import Homes, memory_of
 from asyncckpt.store.memory import MemoryStore
 from tests.counting import CountingStore
 from tests.writer import tensor_bytes, write_checkpoint
@@ -299,3 +300,110 @@ def test_a_copy_of_a_state_is_not_touched():
     before = tensor_bytes(other.first.weight)
     restore(URL, target, store=stored(source))
     assert tensor_bytes(other.first.weight) == before
+
+
+class Average:
+    """An object of the user's whose loading also writes to the model."""
+
+    def __init__(self, model):
+        self.model = model
+        self.shadow = torch.zeros(LARGE, LARGE)
+
+    def state_dict(self):
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state):
+        self.shadow = state["shadow"].clone()
+        with torch.no_grad():
+            self.model.first.weight.copy_(self.shadow)
+
+
+@pytest.mark.parametrize("order", [("average", "model"), ("model", "average")])
+def test_groups_are_restored_in_their_order_whatever_their_own_code_writes(order):
+    source, target = training(1), training(2)
+    averages = [Average(state["model"]) for state in (source, target)]
+    averages[0].shadow = torch.randn(LARGE, LARGE)
+    stored_one = stored({name: {"average": averages[0], "model": source["model"]}[name] for name in order})
+    restore(URL, {name: {"average": averages[1], "model": target["model"]}[name] for name in order}, store=stored_one)
+    expected = source["model"].first.weight if order[-1] == "model" else averages[0].shadow
+    assert torch.equal(target["model"].first.weight, expected)
+
+
+def test_a_module_with_extra_state_of_its_own_is_restored_through_a_buffer(monkeypatch):
+    class Scaled(Model):
+        def get_extra_state(self):
+            return {"scale": 2}
+
+        def set_extra_state(self, state):
+            self.scale = state["scale"]
+
+    taken = homes_taken(monkeypatch)
+    source, target = Scaled(), Scaled()
+    nn.init.normal_(source.first.weight)
+    restore(URL, {"model": target}, store=stored({"model": source}))
+    assert not taken
+    assert torch.equal(target.first.weight, source.first.weight)
+
+
+def test_what_is_tied_to_a_parameter_is_restored_as_a_plain_tensor():
+    source, target = training(1), training(2)
+    best = {"model": target["model"], "best": None}
+    restore(URL, best, store=stored({"model": source["model"], "best": source["model"].first.weight}))
+    assert torch.equal(best["best"], source["model"].first.weight)
+    assert not best["best"].requires_grad
+    assert best["best"].data_ptr() != target["model"].first.weight.data_ptr()
+
+
+def test_new_state_stands_in_host_memory_whatever_the_default_device():
+    source, target = training(1), training(2, steps=0)
+    torch.set_default_device("meta")
+    try:
+        restore(URL, target, store=stored(source))
+    finally:
+        torch.set_default_device("cpu")
+    assert contents(target) == contents(source)
+
+
+def test_two_optimizers_that_were_one_have_state_of_their_own():
+    source = training(1)
+    twice = {"model": source["model"], "a": source["optimizer"], "b": source["optimizer"]}
+    models = [training(seed, steps=0) for seed in (2, 3)]
+    target = {"model": models[0]["model"], "a": models[0]["optimizer"], "b": models[1]["optimizer"]}
+    restore(URL, target, store=stored(twice))
+    (first, *_), (second, *_) = (list(target[name].state.values()) for name in "ab")
+    assert torch.equal(first["exp_avg"], second["exp_avg"])
+    assert first["exp_avg"].data_ptr() != second["exp_avg"].data_ptr()
+
+
+def test_a_view_of_a_tensors_memory_keeps_the_tensor():
+    tensor = torch.full((LARGE, LARGE), 3.0)
+    view = memory_of(tensor)
+    gone = weakref.ref(tensor)
+    del tensor
+    assert gone() is not None
+    assert bytes(view[:4]) == torch.tensor(3.0).numpy().tobytes()
+    del view
+    assert gone() is None
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_failure_between_the_two_readings_says_that_the_state_is_partly_overwritten(strict):
+    class Vanishing(CountingStore):
+        rereads = True
+
+        def get_into(self, key, start, target):
+            if (key, start) in seen and len(target) > 10**6:
+                raise errors.ObjectNotFoundError("no such object", key=key)
+            seen.add((key, start))
+            super().get_into(key, start, target)
+
+    seen = set()
+    store = Vanishing(stored(training(1), 1, 2))
+    if strict:  # the step before is whole, and overwrites everything
+        store.inner.delete([keys.record_key(2)])
+        seen.clear()
+        with pytest.raises(errors.CheckpointError, match="partly overwritten"):
+            restore(URL, training(2), store=store, step=1)
+    else:
+        with pytest.raises(errors.CheckpointError, match="partly overwritten"):
+            restore(URL, training(2), store=store, strict=False)

@@ -337,6 +337,24 @@ def test_one_arena_serves_both_codecs(tmp_path):
         assert saver._launcher._arenas._next == 1
 
 
+@pytest.mark.parametrize("name", ["index.json.zst", "state.pt"])
+def test_a_commit_that_fails_for_good_is_told_and_leaves_no_view_of_the_arena(name):
+    class Full(MemoryStore):
+        def put(self, key, data, *, if_absent=False):
+            if key.endswith(name):
+                raise errors.DiskFullError("no space", key=key)
+            super().put(key, data, if_absent=if_absent)
+
+    gc.disable()
+    try:
+        saver = Saver("unused", store=Full())
+        saver.save(1, numbered(1, 1_000_000))
+        with pytest.raises(errors.SaveFailedError, match="no space"):
+            saver.close()
+    finally:
+        gc.enable()
+
+
 def test_many_structures_in_turn_do_not_accumulate(url):
     with Saver(url) as saver:
         for step in range(30):
@@ -407,7 +425,8 @@ def test_a_second_save_of_the_same_structure_plans_nothing(url):
         for step in range(2, 6):
             training.step()
             saver.save(step, training.state)
-        assert dict(saver._launcher._plans) == plans
+        assert all(saver._launcher._plans[key] is known for key, known in plans.items())
+        assert len(saver._launcher._plans) <= 2  # one for each codec that may be chosen
         assert len(saver._launcher._arenas.all()) == 1
 
 

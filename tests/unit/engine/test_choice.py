@@ -96,3 +96,27 @@ def test_saves_of_few_bytes_say_nothing():
     for _ in range(50):
         assert choice.choose() == "none"
         choice.learn("none", MIN_BYTES - 1, 1.0)
+
+
+@pytest.mark.parametrize("broken", ["planes", "none"])
+@pytest.mark.parametrize("usual", ["planes", "none"])
+def test_a_codec_whose_saves_always_fail_is_left(broken, usual):
+    choice = CodecChoice("auto", usual)
+    taken = []
+    for _ in range(200):
+        codec = choice.choose()
+        taken.append(codec)
+        if codec == broken:
+            choice.failed(codec)
+        else:
+            choice.learn(codec, GB, 1.0)
+    assert taken.count(broken) <= 10
+    assert taken[-20:].count(broken) <= 1
+
+
+def test_an_outage_that_fails_every_save_is_forgotten_afterwards():
+    choice = CodecChoice("auto", "planes")
+    for _ in range(30):
+        choice.failed(choice.choose())
+    taken = run(choice, 60, lambda codec, _: {"planes": 1.0, "none": 0.5}[codec])
+    assert taken[-10:].count("none") >= 9

@@ -1,7 +1,9 @@
 """Threads that share a list of items."""
 
+import gc
 import queue
 import threading
+import weakref
 
 import pytest
 
@@ -67,3 +69,26 @@ def test_at_the_limit_of_threads_the_caller_works_alone(monkeypatch):
     served = []
     Crew(range(5), lambda: served.append).run(2)
     assert served == list(range(5))
+
+
+def test_an_error_keeps_nothing_alive():
+    class Memory:
+        pass
+
+    def fail(memory):
+        def serve(_):
+            assert memory
+            raise KeyError
+
+        return serve
+
+    memory = Memory()
+    gone = weakref.ref(memory)
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) as caught:
+            Crew([1], lambda memory=memory: fail(memory)).run(1)
+        del caught, memory
+        assert gone() is None
+    finally:
+        gc.enable()
