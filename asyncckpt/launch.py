@@ -1,11 +1,8 @@
 """One save from the state to the engine: flatten, plan, take an arena, snapshot, hand over; and the answer's way back."""
 
-import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
-import mmap
 import platform
 import secrets
 import threading
@@ -23,9 +20,8 @@ from asyncckpt.engine.choice import CodecChoice
 from asyncckpt.engine.client import Listener, ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.format.digest import DIGEST_BYTES
-from asyncckpt.format.plan import SHARD_BYTES, Plan, Structure, plan
-from asyncckpt.options import StoredCodec
+from asyncckpt.format.plan import Plan
+from asyncckpt.planner import Planned, Planner, room_bytes
 from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save, report_of
 from asyncckpt.state.ranks import world_size
@@ -33,24 +29,15 @@ from asyncckpt.state.snapshot import Copier, Copy
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
 
-_MAX_PLANS = 16
-
 Engine = ServiceEngine | InlineEngine
 StartEngine = Callable[[Listener, Callable[[], str]], Engine]
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    number: int
-    structure: Structure
-    plan: Plan
 
 
 @dataclass(slots=True)
 class _Flight:
     save: Save
     arena: Arena
-    planned: _Planned
+    planned: Planned
     request: SaveRequest
     copy: Copy | None = None
 
@@ -80,12 +67,10 @@ class Launcher:
         self._ended_s = 0.0  # when the last save had its answer
         self._run_id = secrets.token_hex(4)
         self._attempts = itertools.count(1)
-        self._structures = itertools.count(1)
         self._flattener = Flattener()
         self._copier = Copier()
         self._arenas = ArenaPool(pending, shared=shared)
-        self._plans: collections.OrderedDict[tuple[int, StoredCodec], _Planned] = collections.OrderedDict()
-        self._planning = threading.RLock()
+        self._planner = Planner(choice, self._forgotten)
         self._flights: dict[int, _Flight] = {}
         self._engine: Engine | None = None
         self._probed = False
@@ -94,13 +79,13 @@ class Launcher:
     def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
         """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts."""
         flat = self._flattener.flatten(state)
-        planned = self._plan(flat.structure)
+        planned = self._planner.next(flat.structure)
         while (arena := self._take(planned.plan)) is None:
             if not wait:
                 return None
             self._arenas.wait_free()
             flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
-            planned = self._plan(flat.structure)
+            planned = self._planner.next(flat.structure)
         save = self._ledger.open(request.step, started_s)
         try:
             engine = self._engine_started()
@@ -125,8 +110,8 @@ class Launcher:
 
     def provide(self, state: Mapping[str, Any]) -> None:
         """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""
-        planned = self._plan(self._flattener.flatten(state).structure)
-        self._plan_ahead(planned.structure)
+        planned = self._planner.next(self._flattener.flatten(state).structure)
+        self._planner.ahead(planned.structure)
         self._engine_started()
         fresh: list[Arena] = []
         while len(fresh) < self.pending and (arena := self._take(planned.plan)) is not None:
@@ -210,7 +195,7 @@ class Launcher:
             return
         flight.save._staged.set()
         self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
-        self._plan_ahead(flight.planned.structure)
+        self._planner.ahead(flight.planned.structure)
 
     def _engine_started(self) -> Engine:
         if self._engine is not None and self._engine.broken:
@@ -247,35 +232,13 @@ class Launcher:
             probe=not self._probed,
         )
 
-    def _plan(self, structure: Structure) -> _Planned:
-        return self._planned(structure, self._choice.choose())
-
-    def _plan_ahead(self, structure: Structure) -> None:
-        """Make the plans that later saves may need: 20,000 tensors take 0.2 s, which `save()` should not."""
-        for codec in self._choice.possible:
-            self._planned(structure, codec)
-
-    def _planned(self, structure: Structure, codec: StoredCodec) -> _Planned:
-        with self._planning:
-            known = self._plans.get((id(structure), codec))
-            if known is not None:
-                return known
-            made = plan(structure, codec=codec)
-            for other in self._choice.possible:
-                sibling = self._plans.get((id(structure), other))
-                if sibling is not None and sibling.plan.tensor_offsets == made.tensor_offsets:
-                    # one and the same object: what the copier keeps for the one serves the other
-                    made = dataclasses.replace(made, tensor_offsets=sibling.plan.tensor_offsets)
-            known = self._plans[id(structure), codec] = _Planned(next(self._structures), structure, made)
-            if len(self._plans) > _MAX_PLANS:
-                _, oldest = self._plans.popitem(last=False)
-                if self._engine is not None and all(f.planned is not oldest for f in self._flights.values()):
-                    self._engine.forget_structure(oldest.number)
-            return known
+    def _forgotten(self, planned: Planned) -> None:
+        if self._engine is not None and all(flight.planned is not planned for flight in self._flights.values()):
+            self._engine.forget_structure(planned.number)
 
     def _take(self, layout: Plan) -> Arena | None:
         try:
-            taken = self._arenas.take(layout.arena_bytes, make_bytes=_room(layout))
+            taken = self._arenas.take(layout.arena_bytes, make_bytes=room_bytes(layout))
         except (OSError, MemoryError, OverflowError, ValueError) as error:
             raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
         if taken is None:
@@ -287,12 +250,6 @@ class Launcher:
                 self._engine.forget_arena(old)
             old.close()
         return arena
-
-
-def _room(layout: Plan) -> int:
-    """Bytes of an arena that holds this state under any codec: one that cuts more tensors has more digests."""
-    more_digests = DIGEST_BYTES * (layout.data_bytes // SHARD_BYTES.start)
-    return layout.arena_bytes + -(-(more_digests + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:

@@ -28,6 +28,7 @@ from asyncckpt.state.dtypes import BY_NAME
 from asyncckpt.state.homes import memory_of
 from asyncckpt.state.statefile import read_state
 from asyncckpt.state.stateful import RestorePlan, plan_restore
+from asyncckpt.state.threads import within_idle_cores
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
@@ -188,7 +189,8 @@ def _bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, strict
 
         if homes:
             verify_direct(store, index, homes, progress=verified)
-        wanted.apply(tensors.__getitem__, fill=fill)
+        with within_idle_cores():
+            wanted.apply(tensors.__getitem__, fill=fill)
 
 
 @contextmanager

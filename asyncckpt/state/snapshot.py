@@ -116,7 +116,7 @@ class Copy:
 
     def _copy(self) -> None:
         assert self._work is not None
-        with torch.no_grad(), within_idle_cores():
+        with torch.no_grad(), within_idle_cores(reserved=1):  # the training loop waits for the GIL while we look
             self._work.copy()
             self._enqueued.set()
             self._work.synchronize()

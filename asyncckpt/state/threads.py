@@ -1,4 +1,4 @@
-"""How many of torch's threads a copy behind the training loop may use: those that idle cores can run.
+"""How many of torch's threads a copy may use, behind the training loop or in a restore: those that idle cores can run.
 
 torch splits every large copy among all its threads and waits for the last. Beside a busy loop one of them shares the loop's
 core, so the copy waits for the scheduler and the loop for the copy: 1 GB took 97 to 136 ms on two threads and 90 on one.
@@ -24,11 +24,14 @@ _LOADAVG_BYTES = 128
 
 
 @contextmanager
-def within_idle_cores() -> Iterator[None]:
-    """Limits the calling thread, no other, while it is entered. Where it cannot, it does not."""
+def within_idle_cores(reserved: int = 0) -> Iterator[None]:
+    """Limits the calling thread, no other, while it is entered. Where it cannot, it does not.
+
+    `reserved`: cores for threads that do not run at this moment but will, such as one that waits for the GIL.
+    """
     limited: list[tuple[Any, int]] = []
     try:
-        idle = idle_cores()
+        idle = max(1, idle_cores() - reserved)
         if idle < torch.get_num_threads():
             for library in _openmp():
                 limited.append((library, library.omp_get_max_threads()))
@@ -43,13 +46,13 @@ def within_idle_cores() -> Iterator[None]:
 
 
 def idle_cores() -> int:
-    """Cores of this host that nobody wants at this moment, but one for whoever waits for the GIL meanwhile; at least one."""
+    """Cores of this host that nobody but the calling thread wants, at this moment; at least the one that it runs on."""
     cores = os.cpu_count() or 1
     try:
         runnable = parse_runnable(_loadavg())
     except (ValueError, IndexError):
         return cores
-    return max(1, cores - runnable)
+    return max(1, cores - (runnable - 1))
 
 
 def _loadavg() -> str:

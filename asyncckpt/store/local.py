@@ -17,7 +17,7 @@ from asyncckpt.store.posix import ABSENT, mapped, read, sync_folder, translated,
 
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
 _UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
-_SYNC_BYTES = 64 * 2**20  # of one upload, written and not yet synced
+_SYNC_BYTES = 64 * 2**20  # of one upload
 _ABANDONED_S = 24 * 3600.0
 _TRIES = 100  # a delete in another process may prune a folder as often as we make it
 
@@ -223,7 +223,7 @@ class LocalUpload(Upload):
         self._descriptor = descriptor
         self._idle = threading.Condition()
         self._writes = 0
-        self._unsynced_bytes = 0
+        self._written_bytes = 0
         self._open = True
 
     def write(self, part: int, offset: int, data: Buffers) -> None:  # noqa: ARG002 - the offset alone places a part
@@ -244,13 +244,10 @@ class LocalUpload(Upload):
                 self._idle.notify_all()
 
     def _is_due(self, written_bytes: int) -> bool:
-        """Whether what was written should be synced now: gigabytes in one call would take longer than a worker may be silent."""
+        """Whether to sync now: gigabytes in one call would take longer than a worker may be silent."""
         with self._idle:
-            self._unsynced_bytes += written_bytes
-            due = self._unsynced_bytes >= _SYNC_BYTES
-            if due:
-                self._unsynced_bytes = 0
-            return due
+            self._written_bytes += written_bytes
+            return self._written_bytes % _SYNC_BYTES < written_bytes
 
     def complete(self) -> None:
         with translated("complete", self._key):

@@ -88,8 +88,11 @@ def _stages(bench: Bench) -> Iterator[Stage]:
             with open_store(name, bench.folder) as store:
                 yield from saving.saving(bench, name, store.place("stages"), snapshot, known)
                 place = store.place("whole")
-                yield from saving.saves(bench, name, place, state, known)
+                yield from saving.saves(bench, name, place, state, known, codec="planes")
                 yield from restoring.restoring(bench, name, place, state, known)
+                place = store.place("plain")
+                yield from saving.saves(bench, name, place, state, known, codec="none")
+                yield from restoring.plainly(bench, name, place, state, known)
     buffer.release()
     arena.close()
 

@@ -7,14 +7,17 @@ import torch
 
 import asyncckpt
 from asyncckpt.engine.catalog import find_checkpoints, read_checkpoint
+from asyncckpt.engine.direct import direct_paths, fill, verify
 from asyncckpt.engine.fetch import anonymous_map, default_threads, fetch
 from asyncckpt.engine.ranges import plan_fetch
 from asyncckpt.format.index import Index
 from asyncckpt.restore import fetch_tensors, read_values_of
+from asyncckpt.state.homes import memory_of
 from asyncckpt.state.stateful import RestorePlan, plan_restore
 from asyncckpt.store.base import Store
 from benchmarks.stages.base import Bench, Limit, Stage, torch_threads, total
-from benchmarks.stages.saving import opened, target
+from benchmarks.stages.saving import opened
+from benchmarks.stages.saving import target as target_of
 from benchmarks.states import State
 from benchmarks.stores.base import Place
 
@@ -50,7 +53,7 @@ def restoring(bench: Bench, store_name: str, place: Place, state: State, known: 
     parts = known["unzstd"], known["merge4"], known["blake3"]
     yield from _fetching(bench, group, store, (index, paths), parts)
     yield from _scatter(bench, group, matched(), fetch_tensors(store, index, paths), copy.as_limit())
-    url, options = target(place)
+    url, options = target_of(place)
     elapsed_s, cpu_s = bench.time(lambda _: asyncckpt.restore(url, twin.objects, store=options), twin.scrub)
     cores = len(os.sched_getaffinity(0))
     whole = total("", *parts, divided_by=cores)
@@ -58,6 +61,38 @@ def restoring(bench: Bench, store_name: str, place: Place, state: State, known: 
         f"zstd + merge + BLAKE3 on {cores} cores, new pages, memcpy",
         whole.s_per_gb + known["huge"].fastest_s_per_gb + copy.fastest_s_per_gb,
     )
+    yield Stage(group, "whole restore, verified", raw, raw, elapsed_s, cpu_s, limit)
+    if wrong := state.differs_from(twin):
+        raise AssertionError(f"{len(wrong)} tensors differ after the restore")
+    store.close()
+
+
+def plainly(bench: Bench, store_name: str, place: Place, state: State, known: dict[str, Stage]) -> Iterator[Stage]:
+    """The newest checkpoint back, which is stored as it is: from a folder each pass over its bytes by itself, then all of it."""
+    group = f"Restore from {store_name}, codec none"
+    store = opened(place)
+    _, index = read_checkpoint(store, find_checkpoints(store).good[-1])
+    twin = state.twin()
+    twin.scrub()
+    raw, cores = state.raw_bytes, len(os.sched_getaffinity(0))
+    paths = direct_paths(store, index, index.tensors)
+    once = total(f"memcpy + BLAKE3 on {cores} cores", known["memcpy"], known["blake3"], divided_by=cores)
+    if paths:
+        target = torch.empty(sum(index.tensors[path].raw_bytes for path in paths), dtype=torch.uint8).fill_(0)
+        places, start = {}, 0
+        for path in paths:
+            size = index.tensors[path].raw_bytes
+            places[path] = memory_of(target[start : start + size])
+            start += size
+        moved = target.nbytes
+        yield bench.stage(group, "verify", lambda: verify(store, index, paths), moved_bytes=moved, limit=once)
+        yield bench.stage(
+            group, "fill places that are there", lambda: fill(store, index, places), moved_bytes=moved, limit=once
+        )
+        del places
+    url, options = target_of(place)
+    elapsed_s, cpu_s = bench.time(lambda _: asyncckpt.restore(url, twin.objects, store=options), twin.scrub)
+    limit = Limit("twice " + once.text, 2 * once.s_per_gb) if paths else once
     yield Stage(group, "whole restore, verified", raw, raw, elapsed_s, cpu_s, limit)
     if wrong := state.differs_from(twin):
         raise AssertionError(f"{len(wrong)} tensors differ after the restore")

@@ -14,6 +14,7 @@ from asyncckpt.engine.pipeline import REMOTE_UPLOADS, Pipeline
 from asyncckpt.events import SaveReport
 from asyncckpt.format.digest import Buffer
 from asyncckpt.format.plan import Plan
+from asyncckpt.options import StoredCodec
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
 from benchmarks.measure import spread
@@ -127,24 +128,28 @@ def _wire(bench: Bench, group: str, moved: int, state_bytes: int) -> Stage:
             )
 
 
-def saves(bench: Bench, store_name: str, place: Place, state: State, known: dict[str, Stage]) -> Iterator[Stage]:
-    """A whole save from its call on, beside an idle main thread, as the saver's own reports tell; leaves step 1 there."""
-    group = f"Whole save to {store_name}, idle main thread"
+def saves(
+    bench: Bench, store_name: str, place: Place, state: State, known: dict[str, Stage], *, codec: StoredCodec
+) -> Iterator[Stage]:
+    """Whole saves from their calls on, beside an idle main thread, as the saver's own reports tell; leaves the last one there."""
+    group = f"Whole save to {store_name}, codec {codec}, idle main thread"
     reports: list[SaveReport] = []
     url, options = target(place)
-    with asyncckpt.Saver(url, codec="planes", store=options, keep=[asyncckpt.KeepLast(1)]) as saver:
+    with asyncckpt.Saver(url, codec=codec, store=options, keep=[asyncckpt.KeepLast(1)]) as saver:
         saver.prepare(state.objects)
         for step in range(1, bench.rounds + 2):
             state.advance()
             reports.append(saver.save(step, state.objects).result())
     kept = reports[1:]
-    copy, (digest, split, zstd) = known["copy"], _encoding(known)
+    copy = known["copy"]
+    parts = _encoding(known) if codec == "planes" else (known["blake3"],)
+    words = "BLAKE3 + split + zstd" if codec == "planes" else "BLAKE3"
     workers = len(os.sched_getaffinity(0))
-    encode = total(f"BLAKE3 + split + zstd on {workers} cores", digest, split, zstd, divided_by=workers)
+    encode = total(f"{words} on {workers} cores", *parts, divided_by=workers)
     rows: list[tuple[str, list[float], Limit | None]] = [
         ("save() returned", [report.call_s for report in kept], None),
         ("snapshot complete", [report.staged_s for report in kept], copy.as_limit()),
-        ("busy seconds of encoders", [report.encode_s for report in kept], total("the same", digest, split, zstd)),
+        ("busy seconds of encoders", [report.encode_s for report in kept], total("the same", *parts)),
         ("busy seconds of connections", [report.upload_s for report in kept], None),
         ("state, index and record", [report.commit_s for report in kept], None),
         (

@@ -359,7 +359,7 @@ def test_many_structures_in_turn_do_not_accumulate(url):
     with Saver(url) as saver:
         for step in range(30):
             saver.save(step, {f"group{step % 12}": torch.full((10,), float(step))})
-        assert len(saver._launcher._plans) <= 16
+        assert len(saver._launcher._planner._known) <= 16
     for step in range(30):
         assert asyncckpt.load(url, step=step)[f"group{step % 12}"][0] == step
 
@@ -421,12 +421,12 @@ def test_a_second_save_of_the_same_structure_plans_nothing(url):
     training = Training().step()
     with Saver(url) as saver:
         saver.save(1, training.state)
-        plans = dict(saver._launcher._plans)
+        plans = dict(saver._launcher._planner._known)
         for step in range(2, 6):
             training.step()
             saver.save(step, training.state)
-        assert all(saver._launcher._plans[key] is known for key, known in plans.items())
-        assert len(saver._launcher._plans) <= 2  # one for each codec that may be chosen
+        assert all(saver._launcher._planner._known[key] is known for key, known in plans.items())
+        assert len(saver._launcher._planner._known) <= 2  # one for each codec that may be chosen
         assert len(saver._launcher._arenas.all()) == 1
 
 

@@ -47,11 +47,9 @@ def test_without_a_neighbour_nothing_is_limited(monkeypatch):
 
 @pytest.mark.parametrize(
     ("loadavg", "idle"),
-    [("0.5 0.4 0.3 1/250 99", 3), ("9 9 9 2/250 99", 2), ("9 9 9 90/250 99", 1), ("what?", 4), ("", 4)],
+    [("0.5 0.4 0.3 1/250 99", 4), ("9 9 9 3/250 99", 2), ("9 9 9 90/250 99", 1), ("what?", 4), ("", 4)],
 )
-def test_idle_cores_are_those_that_neither_a_runnable_thread_wants_nor_the_one_that_waits_for_the_gil(
-    loadavg, idle, monkeypatch
-):
+def test_idle_cores_are_those_that_no_runnable_thread_wants(loadavg, idle, monkeypatch):
     monkeypatch.setattr("asyncckpt.state.threads._loadavg", lambda: loadavg)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert idle_cores() == idle
@@ -59,3 +57,13 @@ def test_idle_cores_are_those_that_neither_a_runnable_thread_wants_nor_the_one_t
 
 def test_the_kernel_says_how_many_threads_run():
     assert 1 <= parse_runnable(_loadavg()) < 10_000
+
+
+def test_cores_may_be_reserved_for_who_does_not_run_now(monkeypatch):
+    monkeypatch.setattr("asyncckpt.state.threads.idle_cores", lambda: 2)
+
+    def look():
+        with within_idle_cores(reserved=1):
+            return torch.get_num_threads()
+
+    assert in_thread(look) == 1

@@ -1,0 +1,67 @@
+"""Plans of states, made once for each structure and codec, and ahead of the save that needs them."""
+
+import collections
+import dataclasses
+import itertools
+import mmap
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from asyncckpt.engine.choice import CodecChoice
+from asyncckpt.format.digest import DIGEST_BYTES
+from asyncckpt.format.plan import SHARD_BYTES, Plan, Structure, plan
+from asyncckpt.options import StoredCodec
+
+_MAX_PLANS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A structure under one codec. `number`: by which the engine knows it."""
+
+    number: int
+    structure: Structure
+    plan: Plan
+
+
+class Planner:
+    """Keeps the last plans. `forgotten` is called with one that is kept no longer. Thread-safe."""
+
+    def __init__(self, choice: CodecChoice, forgotten: Callable[[Planned], None]) -> None:
+        self._choice = choice
+        self._forgotten = forgotten
+        self._numbers = itertools.count(1)
+        self._known: collections.OrderedDict[tuple[int, StoredCodec], Planned] = collections.OrderedDict()
+        self._lock = threading.RLock()
+
+    def next(self, structure: Structure) -> Planned:
+        """For the save that begins now."""
+        return self._planned(structure, self._choice.choose())
+
+    def ahead(self, structure: Structure) -> None:
+        """Make what later saves may need: 20,000 tensors take 0.2 s, which `save()` should not."""
+        for codec in self._choice.possible:
+            self._planned(structure, codec)
+
+    def _planned(self, structure: Structure, codec: StoredCodec) -> Planned:
+        with self._lock:
+            known = self._known.get((id(structure), codec))
+            if known is not None:
+                return known
+            made = plan(structure, codec=codec)
+            for other in self._choice.possible:
+                sibling = self._known.get((id(structure), other))
+                if sibling is not None and sibling.plan.tensor_offsets == made.tensor_offsets:
+                    # one and the same object: what the copier keeps for the one serves the other
+                    made = dataclasses.replace(made, tensor_offsets=sibling.plan.tensor_offsets)
+            known = self._known[id(structure), codec] = Planned(next(self._numbers), structure, made)
+            if len(self._known) > _MAX_PLANS:
+                self._forgotten(self._known.popitem(last=False)[1])
+            return known
+
+
+def room_bytes(layout: Plan) -> int:
+    """Bytes of an arena that holds this state under any codec: one that cuts more tensors has more digests."""
+    more_digests = DIGEST_BYTES * (layout.data_bytes // SHARD_BYTES.start)
+    return layout.arena_bytes + -(-(more_digests + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
