@@ -233,8 +233,7 @@ class LocalUpload(Upload):
             self._writes += 1
         try:
             with translated("write", self._key):
-                views = byte_views(data)
-                write(self._descriptor, views, offset, self._store._progress)
+                write(self._descriptor, views := byte_views(data), offset, self._store._progress)
                 if self._is_due(sum(view.nbytes for view in views)):
                     os.fdatasync(self._descriptor)
                     self._store._progress()
