@@ -116,10 +116,10 @@ class Run:
         servers = tuple(set(tree()) - children)
         return System(open_peer(name, store.place(name), **options), store, servers)
 
-    def warm(self, state: State) -> None:
-        """Before a round: as many bytes as it may write, touched and given back."""
+    def warm(self, state: State, saves: int = 1) -> None:
+        """Before so many saves: as many bytes as they may write, touched and given back."""
         if self.choices.warm and self.scenario.verified:  # otherwise nothing is kept
-            touch(int(state.raw_bytes * 1.05))
+            touch(int(state.raw_bytes * 1.05) * saves)
 
     def say(self, peer: str, number: int, text: str) -> None:
         """One line of progress."""
