@@ -130,10 +130,13 @@ class _Bench:
 
 
 def _settle(system: System, bench: _Bench, context: Run) -> None:
-    """Saves that a long run has behind it, the same number for every system, not counted; the last two are verified."""
+    """Saves that a long run has behind it, not counted, the last two verified: in the full set the same number for every system, in
+    the quick one of those that measure themselves.
+    """
     peer = system.peer
     measured = context.scenario.settles and peer.measures_itself
-    for number in range(SETTLING_SAVES if context.scenario.settles else 0):
+    settles = context.scenario.settles and (peer.measures_itself or context.choices.full)
+    for number in range(SETTLING_SAVES if settles else 0):
         context.warm(bench.state)
         bench.state.advance()
         saving = peer.save(next(bench.steps), bench.state)
