@@ -47,7 +47,7 @@ def test_every_scenario_names_what_exists(scenario):
     assert scenario.states
     assert scenario.rounds > 0
     for goal in scenario.goals:
-        assert goal.peer in scenario.peers
+        assert goal.peer in everybody
         assert set(goal.against) <= {ASYNCHRONOUS, EVERYBODY, *known}
         assert goal.text
 
@@ -224,7 +224,7 @@ def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
         assert set(line) == set(expected.split())
         assert line["error"] is None
         assert line["machine"]["cores"]
-    assert lines[0]["measures"]["durable_s"]["samples"] == 1
+    assert 1 <= lines[0]["measures"]["durable_s"]["samples"] <= 3, "a disturbed round is repeated, twice at most"
     assert lines[0]["settings"]["asynchronous"] is True
     assert {goal["text"] for goal in lines[0]["goals"]} == {"restore, verified, of torch.load(mmap=True)'s"}
     assert len(lines[2]["series"]["memory_bytes_over_saves"]) == 2
