@@ -160,7 +160,7 @@ class Launcher:
             if outcome.result == "committed":
                 since_s = max(flight.save._started_s + report.staged_s, self._ended_s)
                 self._choice.learn(flight.planned.plan.codec, report.raw_bytes, time.perf_counter() - since_s)
-        elif error is not None and flight.copy is not None and flight.copy.error is None:
+        elif _blames_codec(flight, error):
             self._choice.failed(flight.planned.plan.codec)
         self._ended_s = time.perf_counter()
         self._arenas.give_back(flight.arena)  # whoever waits for it chooses a codec next
@@ -250,6 +250,12 @@ class Launcher:
                 self._engine.forget_arena(old)
             old.close()
         return arena
+
+
+def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:
+    """Whether a save that was staged failed on its way, and not because its step was taken."""
+    staged = flight.copy is not None and flight.copy.error is None
+    return staged and error is not None and not isinstance(error, errors.CheckpointConflictError)
 
 
 def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:
