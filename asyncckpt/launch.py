@@ -233,7 +233,7 @@ class Launcher:
         )
 
     def _forgotten(self, planned: Planned) -> None:
-        if self._engine is not None and all(flight.planned is not planned for flight in self._flights.values()):
+        if self._engine is not None and all(flight.planned is not planned for flight in list(self._flights.values())):
             self._engine.forget_structure(planned.number)
 
     def _take(self, layout: Plan) -> Arena | None:

@@ -1,8 +1,7 @@
 """Tensors read straight to where they belong, without a copy of the state in between.
 
 For objects that are stored as they are (codec `none`) and cheap to read twice: once to verify them, before the first value
-changes, and once more into place, where they are verified again as they land. Half the memory of a restore and half its
-passes over it.
+changes, and once more into place, where they are verified again as they land. So no second state stands in memory.
 """
 
 import threading

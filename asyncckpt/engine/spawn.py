@@ -14,6 +14,7 @@ from typing import Any
 
 import asyncckpt
 from asyncckpt.engine.arena import has_memory_files
+from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.job import rules_to_json
 from asyncckpt.engine.wire import Channel, Message, pair
 from asyncckpt.options import EngineName, KeepRule, S3Options
@@ -159,7 +160,7 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
 def default_workers() -> int:
     """The usable cores, divided among the ranks of this host, at most 8 and at least 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // max(1, ranks)))
+    return max(1, min(_MAX_WORKERS, usable_cores() // max(1, ranks)))
 
 
 def choose_engine(url: str, engine: EngineName | None, *, in_process: bool) -> EngineName:

@@ -16,8 +16,7 @@ from asyncckpt.state.homes import memory_of
 from asyncckpt.state.stateful import RestorePlan, plan_restore
 from asyncckpt.store.base import Store
 from benchmarks.stages.base import Bench, Limit, Stage, torch_threads, total
-from benchmarks.stages.saving import opened
-from benchmarks.stages.saving import target as target_of
+from benchmarks.stages.saving import opened, target
 from benchmarks.states import State
 from benchmarks.stores.base import Place
 
@@ -53,7 +52,7 @@ def restoring(bench: Bench, store_name: str, place: Place, state: State, known: 
     parts = known["unzstd"], known["merge4"], known["blake3"]
     yield from _fetching(bench, group, store, (index, paths), parts)
     yield from _scatter(bench, group, matched(), fetch_tensors(store, index, paths), copy.as_limit())
-    url, options = target_of(place)
+    url, options = target(place)
     elapsed_s, cpu_s = bench.time(lambda _: asyncckpt.restore(url, twin.objects, store=options), twin.scrub)
     cores = len(os.sched_getaffinity(0))
     whole = total("", *parts, divided_by=cores)
@@ -78,19 +77,19 @@ def plainly(bench: Bench, store_name: str, place: Place, state: State, known: di
     paths = direct_paths(store, index, index.tensors)
     once = total(f"memcpy + BLAKE3 on {cores} cores", known["memcpy"], known["blake3"], divided_by=cores)
     if paths:
-        target = torch.empty(sum(index.tensors[path].raw_bytes for path in paths), dtype=torch.uint8).fill_(0)
+        room = torch.empty(sum(index.tensors[path].raw_bytes for path in paths), dtype=torch.uint8).fill_(0)
         places, start = {}, 0
         for path in paths:
             size = index.tensors[path].raw_bytes
-            places[path] = memory_of(target[start : start + size])
+            places[path] = memory_of(room[start : start + size])
             start += size
-        moved = target.nbytes
+        moved = room.nbytes
         yield bench.stage(group, "verify", lambda: verify(store, index, paths), moved_bytes=moved, limit=once)
         yield bench.stage(
             group, "fill places that are there", lambda: fill(store, index, places), moved_bytes=moved, limit=once
         )
         del places
-    url, options = target_of(place)
+    url, options = target(place)
     elapsed_s, cpu_s = bench.time(lambda _: asyncckpt.restore(url, twin.objects, store=options), twin.scrub)
     limit = Limit("twice " + once.text, 2 * once.s_per_gb) if paths else once
     yield Stage(group, "whole restore, verified", raw, raw, elapsed_s, cpu_s, limit)

@@ -9,7 +9,7 @@ import pytest
 
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob
-from asyncckpt.engine.pipeline import LOCAL_UPLOADS, ByteBudget, Pipeline
+from asyncckpt.engine.pipeline import ALL_UPLOADS, LOCAL_UPLOADS, REMOTE_UPLOADS, ByteBudget, Pipeline, upload_threads
 from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
 from asyncckpt.store.memory import MemoryStore
 from tests.faulty import FaultyStore
@@ -226,3 +226,31 @@ def test_progress_is_told_while_a_shard_is_encoded():
     rig = Rig(MemoryStore(), progress=lambda: beats.append(os.getpid()))
     rig.put()
     assert len(beats) > 3
+
+
+def test_all_workers_together_open_a_bounded_number_of_connections():
+    class FarStore(MemoryStore):
+        min_part_bytes = 5 * 2**20
+
+    assert upload_threads(FarStore(), 1) == REMOTE_UPLOADS
+    assert upload_threads(MemoryStore(), 1) == LOCAL_UPLOADS
+    for workers in (1, 2, 8, 32):
+        assert workers * upload_threads(FarStore(), workers) <= ALL_UPLOADS
+
+
+def test_views_of_the_arena_take_nothing_of_the_budget():
+    taken = []
+
+    class Counting(ByteBudget):
+        def take(self, count, *, unsent):
+            taken.append(count)
+            super().take(count, unsent=unsent)
+
+    for codec in ("none", "zstd"):
+        rig = Rig(MemoryStore(), codec=codec)
+        rig.pipeline.budget = Counting(2**30)
+        taken.clear()
+        _, error = rig.put()
+        assert error is None
+        assert (sum(taken) < 2**16) == (codec == "none")
+        assert rig.pipeline.budget._used == 0

@@ -340,3 +340,17 @@ def test_an_object_found_taken_leaves_no_temporary_file(root: Path) -> None:
     with pytest.raises(ObjectExistsError):
         store.put("key", [b"second"], if_absent=True)
     assert files(root) == {"key"}
+
+
+def test_a_long_upload_is_synced_as_it_goes(tmp_path, monkeypatch):
+    """One fsync of gigabytes could take longer than a worker may be silent."""
+    synced = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    part = bytes(16 * 2**20)
+    with LocalStore(tmp_path) as store:
+        upload = store.start_upload("a/b")
+        for number in range(10):  # 160 MiB
+            upload.write(number + 1, number * len(part), [part])
+        assert len(synced) == 2
+        upload.complete()
+        assert store.head("a/b").stored_bytes == 10 * len(part)
