@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from asyncckpt import errors, events
+from asyncckpt.collector import held_off
 from asyncckpt.engine.catalog import read_index, read_record, read_values
 from asyncckpt.engine.direct import direct_paths
 from asyncckpt.engine.direct import fill as fill_direct
@@ -91,7 +92,7 @@ def load(
     With `prefix`, a path such as `"model"` or `"optimizer/state"`, only that part, and only its bytes are downloaded. The
     tensors of one call share one block of memory, which is freed with the last of them.
     """
-    with opened(url, store, hooks) as place:
+    with opened(url, store, hooks) as place, held_off():
         hook = events.Hooks(tuple(hooks))
 
         def read(number: int) -> Any:
@@ -125,7 +126,8 @@ def restore_from(
         _bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
-    found = first_good(store, step, hooks, read)
+    with held_off():
+        found = first_good(store, step, hooks, read)
     return Outcome(None) if found is None else Outcome(*found)
 
 

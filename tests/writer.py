@@ -9,6 +9,7 @@ from asyncckpt.engine.commit import commit
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.format import keys
 from asyncckpt.format.frames import encode_shard
+from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import Plan, ShardPlan, plan
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flattener
@@ -30,7 +31,7 @@ def write_checkpoint(
     fields: dict[str, Any] = {"time_s": 1.7e9 + step, "on_exists": "raise", **record}
     job = SaveJob(number=1, step=step, attempt=attempt, structure=1, arena=1, codec=made.codec, **fields)
     digests = bytes(arena[made.digests_offset : made.digests_offset + 32 * made.chunk_count])
-    outcome = commit(store, job, made, receipts=receipts, digests=digests, state=write_state(flat.values))
+    outcome = commit(store, job, IndexBuilder(made), receipts=receipts, digests=digests, state=write_state(flat.values))
     assert outcome.result == "committed"
     return keys.folder(step, attempt)
 

@@ -13,8 +13,7 @@ from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
 from asyncckpt.format import keys
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import compress
-from asyncckpt.format.index import build_index
-from asyncckpt.format.plan import Plan
+from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.record import FileRef, Record
 from asyncckpt.store.base import Store
 
@@ -32,7 +31,7 @@ def exists(store: Store, job: SaveJob) -> bool:
 
 
 def commit(
-    store: Store, job: SaveJob, plan: Plan, *, receipts: Sequence[ShardReceipt], digests: bytes, state: bytes
+    store: Store, job: SaveJob, builder: IndexBuilder, *, receipts: Sequence[ShardReceipt], digests: bytes, state: bytes
 ) -> CommitOutcome:
     """Write state, index and record.
 
@@ -41,7 +40,7 @@ def commit(
     """
     started = time.perf_counter()
     folder = keys.folder(job.step, job.attempt)
-    index = compress(build_index(plan, receipts, digests, folder))
+    index = compress(builder.build(receipts, digests, folder))
     files = {folder + "index.json.zst": index, folder + "state.pt": state}
     refs = {key: FileRef(key=key, bytes=len(data), digest=digest(data).hex()) for key, data in files.items()}
     puts = [functools.partial(store.put, key, [data]) for key, data in files.items()]
@@ -60,7 +59,7 @@ def commit(
         pinned=job.pinned,
         versions=dict(job.versions),
         world_size=job.world_size,
-        raw_bytes=plan.data_bytes,
+        raw_bytes=builder.plan.data_bytes,
         stored_bytes=stored,
         index=refs[folder + "index.json.zst"],
         states=(refs[folder + "state.pt"],),
@@ -70,7 +69,7 @@ def commit(
     return CommitOutcome(
         result="committed" if result else "exists",
         stored_bytes=stored,
-        raw_bytes=plan.data_bytes,
+        raw_bytes=builder.plan.data_bytes,
         encode_s=sum(receipt.encode_s for receipt in receipts),
         upload_s=sum(receipt.upload_s for receipt in receipts),
         commit_s=time.perf_counter() - started,

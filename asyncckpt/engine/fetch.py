@@ -112,6 +112,7 @@ class _Fetch:
         self._decoding = threading.BoundedSemaphore(usable_cores())
         self._crew = Crew(plan.requests, self._worker)
         self._done_bytes = 0
+        self._wanted_bytes = plan.wanted_bytes
 
     def run(self, count: int) -> None:
         for slot in self._plan.slots:
@@ -121,7 +122,7 @@ class _Fetch:
 
     def _report(self) -> None:
         if self._progress is not None:
-            self._progress(self._done_bytes, self._plan.wanted_bytes)
+            self._progress(self._done_bytes, self._wanted_bytes)
 
     def _worker(self) -> Callable[[Request], None]:
         stored, plain = Scratch(), Scratch()

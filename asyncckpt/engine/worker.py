@@ -21,6 +21,7 @@ from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
 from asyncckpt.engine.wire import Channel, read_memory_file
 from asyncckpt.events import StoreRetried
 from asyncckpt.format.digest import DIGEST_BYTES
+from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import KeepRule, S3Options
 from asyncckpt.store.base import Store
@@ -45,7 +46,7 @@ class TaskRunner:
         self._pipeline = pipeline
         self._reply = reply
         self._structures: dict[int, Structure] = {}
-        self._plans: dict[tuple[int, str, int | None], Plan] = {}
+        self._plans: dict[tuple[int, str, int | None], IndexBuilder] = {}
         self._planning = threading.Lock()
         self._pinned: set[int] = set()
 
@@ -61,10 +62,14 @@ class TaskRunner:
 
     def plan(self, job: SaveJob) -> Plan:
         """The job's plan; computed once per structure, the same in every process."""
+        return self._planned(job).plan
+
+    def _planned(self, job: SaveJob) -> IndexBuilder:
         key = (job.structure, job.codec, job.shard_bytes)
         with self._planning:
             if key not in self._plans:
-                self._plans[key] = plan(self._structures[job.structure], codec=job.codec, shard_bytes=job.shard_bytes)
+                made = plan(self._structures[job.structure], codec=job.codec, shard_bytes=job.shard_bytes)
+                self._plans[key] = IndexBuilder(made)
             return self._plans[key]
 
     def shard(self, task: int, job: SaveJob, number: int, arena: memoryview) -> None:
@@ -89,9 +94,10 @@ class TaskRunner:
         """Write state, index and record."""
 
         def work() -> dict[str, Any]:
-            layout = self.plan(job)
+            builder = self._planned(job)
+            layout = builder.plan
             digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.chunk_count])
-            outcome = commit.commit(self._store, job, layout, receipts=receipts, digests=digests, state=state)
+            outcome = commit.commit(self._store, job, builder, receipts=receipts, digests=digests, state=state)
             return outcome.to_json()
 
         self._beside(task, job, work)

@@ -1,17 +1,16 @@
 """The index: where every tensor's bytes are. Written once per checkpoint, held against its digest, then trusted no further."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 from asyncckpt.errors import CorruptCheckpointError, RecordError, ResourceLimitError
 from asyncckpt.format import keys, strict_json
-from asyncckpt.format.digest import DIGEST_BYTES, from_hex, hexdigest
+from asyncckpt.format.digest import from_hex
 from asyncckpt.format.dtypes import DTYPES
-from asyncckpt.format.plan import BLOCK_BYTES, Plan, StoredCodec
+from asyncckpt.format.plan import BLOCK_BYTES, StoredCodec
 from asyncckpt.format.shard import MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS
 from asyncckpt.format.stored import IndexedChunk, IndexedShard, IndexedTensor, Row, StoredBlock
 from asyncckpt.format.structure import Group
@@ -23,26 +22,10 @@ __all__ = [
     "IndexedTensor",
     "StoredBlock",
     "blocks_of",
-    "build_index",
 ]
 
 MAX_INDEX_BYTES = 2**30
 MAX_TREE_DEPTH = 256
-
-
-class Receipt(Protocol):
-    """What the engine knows of a stored shard."""
-
-    @property
-    def shard(self) -> int: ...
-    @property
-    def key(self) -> str: ...
-    @property
-    def raw_bytes(self) -> int: ...
-    @property
-    def stored_bytes(self) -> int: ...
-    @property
-    def frames(self) -> tuple[Row, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +46,7 @@ class Index:
 
     @classmethod
     def parse(cls, data: bytes) -> "Index":
-        """Mirror of `build_index`. `RecordError`, `ResourceLimitError` or `UnsafeCheckpointError`; never another error."""
+        """Mirror of `IndexBuilder`. `RecordError`, `ResourceLimitError` or `UnsafeCheckpointError`; never another error."""
         if len(data) > MAX_INDEX_BYTES:
             raise ResourceLimitError(f"an index of {len(data)} bytes is above {MAX_INDEX_BYTES}")
         fields = strict_json.Fields(strict_json.parse(data, "index", max_values=40 * MAX_TENSORS), "index")
@@ -86,56 +69,6 @@ class Index:
             raise RecordError("the index names a tensor twice")
         tree = strict_json.check(fields.get("tree", (dict, str)), "the index's tree", max_depth=MAX_TREE_DEPTH)
         return cls(codec=codec, groups=groups, tensors=tensors, aliases=aliases, shards=shards, tree=tree)
-
-
-def build_index(plan: Plan, receipts: Sequence[Receipt], digests: bytes, folder: str) -> bytes:
-    """The index as JSON. `digests`: the arena's table; `folder`: where this attempt put its objects."""
-    if len(digests) < plan.chunk_count * DIGEST_BYTES:
-        raise ValueError(f"{len(digests)} bytes of digests for {plan.chunk_count} chunks")
-    by_shard = {receipt.shard: receipt for receipt in receipts}
-    if len(receipts) != len(plan.shards) or len(by_shard) != len(plan.shards):
-        raise ValueError(f"{len(receipts)} receipts for {len(plan.shards)} shards")
-    structure = plan.structure
-    shards = []
-    for shard in plan.shards:
-        receipt = by_shard[shard.number]
-        if receipt.raw_bytes != shard.raw_bytes or (
-            receipt.key.startswith(folder) and receipt.key != folder + shard.name
-        ):
-            raise ValueError(f"the receipt of {receipt.key} is not that of {shard.name}")
-        row = {"key": receipt.key, "raw_bytes": shard.raw_bytes, "stored_bytes": receipt.stored_bytes}
-        row |= {"header": hexdigest(shard.header), "frames": () if plan.codec == "none" else receipt.frames}
-        shards.append(row)
-    groups = [
-        {"key": None if group.key is None else keys.escape(group.key), "slug": group.slug} for group in structure.groups
-    ]
-    head = {
-        "format": strict_json.FORMAT,
-        "codec": plan.codec,
-        "groups": groups,
-        "shards": shards,
-        "aliases": structure.aliases,
-    }
-    text = json.dumps(head | {"tree": structure.tree}, separators=(",", ":"), allow_nan=False)
-    return f'{text[:-1]},"tensors":[\n{_tensor_rows(plan, digests)}\n]}}'.encode("ascii")
-
-
-def _tensor_rows(plan: Plan, digests: bytes) -> str:
-    # one line per tensor; formatted by hand: half the time of json.dumps, and 100,000 tensors are many
-    digits = digests.hex()
-    chunks: list[list[str]] = [[] for _ in plan.structure.tensors]
-    for shard in plan.shards:
-        for chunk in shard.chunks:
-            start = 2 * DIGEST_BYTES * chunk.number
-            digest = digits[start : start + 2 * DIGEST_BYTES]
-            chunks[chunk.tensor].append(
-                f'[{list(chunk.offsets)},{list(chunk.sizes)},{shard.number},{chunk.raw_offset},"{digest}"]'
-            )
-    quoted = json.encoder.encode_basestring_ascii
-    return ",\n".join(
-        f'[{spec.group},{quoted(spec.name)},"{spec.dtype}",{list(spec.shape)},"{layout}",[{",".join(rows)}]]'
-        for spec, layout, rows in zip(plan.structure.tensors, plan.layouts, chunks, strict=True)
-    )
 
 
 def blocks_of(index: Index, tensor: IndexedTensor, chunk: IndexedChunk) -> list[StoredBlock]:

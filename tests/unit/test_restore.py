@@ -1,6 +1,7 @@
+import gc
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -482,3 +483,26 @@ def test_progress_is_told_in_events():
     restore(URL, training(1), store=store, hooks=[seen.append])
     moved = [event for event in seen if isinstance(event, events.BytesRestored)]
     assert moved[-1].done_bytes == moved[-1].total_bytes == sum(one.raw_bytes for one in index.tensors.values())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("step", [1, 7])
+def test_the_garbage_collector_is_held_off_and_then_as_it_was(enabled, step):
+    during = []
+
+    class Watched(nn.Linear):
+        def _load_from_state_dict(self, *args):
+            during.append(gc.isenabled())
+            super()._load_from_state_dict(*args)
+
+    store = MemoryStore()
+    write_checkpoint(store, 1, {"m": Watched(2, 2)})
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        with nullcontext() if step == 1 else pytest.raises(errors.CheckpointNotFoundError):
+            restore(URL, {"m": Watched(2, 2)}, step=step, store=store)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable() if before else gc.disable()
+    assert not any(during)

@@ -10,6 +10,7 @@ from asyncckpt import errors
 from asyncckpt.engine import commit as commits
 from asyncckpt.engine.job import SaveJob
 from asyncckpt.format import keys
+from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import plan
 from asyncckpt.format.record import Record
 from asyncckpt.options import RetryPolicy
@@ -57,7 +58,9 @@ class Attempt:
         end = self.plan.digests_offset + 32 * self.plan.chunk_count
         digests = bytes(self.arena[self.plan.digests_offset : end])
         state = write_state(self.flat.values)
-        return commits.commit(self.store, self.job, self.plan, receipts=receipts, digests=digests, state=state)
+        return commits.commit(
+            self.store, self.job, IndexBuilder(self.plan), receipts=receipts, digests=digests, state=state
+        )
 
 
 def names(store):

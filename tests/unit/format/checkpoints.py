@@ -10,7 +10,8 @@ from asyncckpt.format import keys
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import compress, decode_block, decompress, encode_shard
-from asyncckpt.format.index import MAX_INDEX_BYTES, Index, blocks_of, build_index
+from asyncckpt.format.index import MAX_INDEX_BYTES, Index, blocks_of
+from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import Group, Plan, Structure, TensorSpec, plan
 
 FOLDER = keys.folder(7, "0a1b2c3d-1")
@@ -82,7 +83,7 @@ def store(structure: Structure, codec="planes", shard_bytes=None, seed=0) -> Sto
         key = FOLDER + shard.name
         objects[key] = stored
         receipts.append(Receipt(shard.number, key, shard.raw_bytes, len(stored), tuple(rows)))
-    index = build_index(layout, receipts[::-1], bytes(arena[layout.digests_offset :]), FOLDER)
+    index = IndexBuilder(layout).build(receipts[::-1], bytes(arena[layout.digests_offset :]), FOLDER)
     return Stored(layout, objects, compress(index), values)
 
 

@@ -17,7 +17,8 @@ from asyncckpt.errors import (
 )
 from asyncckpt.format import index as indexes
 from asyncckpt.format import keys
-from asyncckpt.format.index import Index, blocks_of, build_index
+from asyncckpt.format.index import Index, blocks_of
+from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import plan
 from tests.unit.format.checkpoints import FOLDER, Receipt, index_json, load, store, structure_of
 
@@ -273,7 +274,7 @@ def test_a_receipt_that_does_not_fit_raises():
     layout = plan(structure_of({"m": {"w": ("bool", ())}}))
     shard = layout.shards[0]
     good = Receipt(0, FOLDER + shard.name, shard.raw_bytes, 5, ((0, shard.raw_bytes, 0, 5),))
-    assert build_index(layout, [good], bytes(32), FOLDER)
+    assert IndexBuilder(layout).build([good], bytes(32), FOLDER)
     for receipts in (
         [],
         [good, good],
@@ -281,9 +282,9 @@ def test_a_receipt_that_does_not_fit_raises():
         [Receipt(0, FOLDER + "other", good.raw_bytes, 5, good.frames)],
     ):
         with pytest.raises(ValueError, match="receipt"):
-            build_index(layout, receipts, bytes(32), FOLDER)
+            IndexBuilder(layout).build(receipts, bytes(32), FOLDER)
     with pytest.raises(ValueError, match="digests"):
-        build_index(layout, [good], bytes(31), FOLDER)
+        IndexBuilder(layout).build([good], bytes(31), FOLDER)
 
 
 def test_a_shard_of_an_earlier_step_may_be_named():
@@ -291,4 +292,4 @@ def test_a_shard_of_an_earlier_step_may_be_named():
     shard = layout.shards[0]
     key = keys.folder(3, "feed-1") + shard.name
     receipt = Receipt(0, key, shard.raw_bytes, 5, ((0, len(shard.header), 0, 4), (len(shard.header), 1, 4, 1)))
-    assert parse(build_index(layout, [receipt], bytes(32), FOLDER)).shards[0].key == key
+    assert parse(IndexBuilder(layout).build([receipt], bytes(32), FOLDER)).shards[0].key == key
