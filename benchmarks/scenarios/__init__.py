@@ -8,8 +8,10 @@ from pathlib import Path
 
 from benchmarks.results import Result
 from benchmarks.scenarios import codec, memory, saves
-from benchmarks.scenarios.base import Choices, Run, Scenario
+from benchmarks.scenarios.base import Choices, LeftOut, Run, Scenario, SystemFailedError
 from benchmarks.scenarios.table import SCENARIOS
+
+__all__ = ["CODECS", "KINDS", "NAMES", "SCENARIOS", "Choices", "LeftOut", "SystemFailedError", "names", "run"]
 
 CODECS = tuple(codec.CODECS)
 KINDS = {"saves": saves.run, "growth": saves.growth, "memory": memory.run, "codec": codec.run}

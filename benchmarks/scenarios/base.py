@@ -55,8 +55,28 @@ class Scenario:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A system that failed while it saved this state."""
+
+    state: str
+    peer: str
+    error: str
+
+
+class SystemFailedError(Exception):
+    """A system failed before any round was counted, and may have left descriptors or memory behind: the others need a new process."""
+
+    def __init__(self, left_out: LeftOut) -> None:
+        super().__init__(f"{left_out.peer} failed: {left_out.error}")
+        self.left_out = left_out
+
+
+@dataclass(frozen=True, slots=True)
 class Choices:
-    """Of the command line; None: the scenario's own. `size`: factor on the bytes of every state. `folder`: scratch space."""
+    """Of the command line; None: the scenario's own. `size`: factor on the bytes of every state. `folder`: scratch space.
+
+    `left_out`: what failed when this scenario began before.
+    """
 
     folder: Path
     size: float = 1.0
@@ -66,6 +86,7 @@ class Choices:
     store: str | None = None
     full: bool = False
     warm: bool = True
+    left_out: tuple[LeftOut, ...] = ()
 
     def applied_to(self, scenario: Scenario) -> Scenario:
         """The scenario as it shall run. Its goals stand for its own loop and store alone."""
@@ -120,6 +141,10 @@ class Run:
         """Before so many saves: as many bytes as they may write, touched and given back."""
         if self.choices.warm and self.scenario.verified:  # otherwise nothing is kept
             touch(int(state.raw_bytes * 1.05) * saves)
+
+    def known_error(self, spec: StateSpec, name: str) -> str | None:
+        """Of a system that failed here before."""
+        return next((one.error for one in self.choices.left_out if (one.state, one.peer) == (spec.name, name)), None)
 
     def say(self, peer: str, number: int, text: str) -> None:
         """One line of progress."""

@@ -11,7 +11,16 @@ from asyncckpt.engine.choice import SETTLING_SAVES
 from benchmarks.loops import LOOPS, Loop, Window, no_barrier, quiet
 from benchmarks.measure import Observer, available_bytes
 from benchmarks.results import Result
-from benchmarks.scenarios.base import BitsDifferError, Run, Scenario, System, Verifier, judged
+from benchmarks.scenarios.base import (
+    BitsDifferError,
+    LeftOut,
+    Run,
+    Scenario,
+    System,
+    SystemFailedError,
+    Verifier,
+    judged,
+)
 from benchmarks.scenarios.goals import OURS
 from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
 from benchmarks.scenarios.wire import plain_s, put_cpu_s
@@ -56,25 +65,28 @@ def growth(context: Run) -> list[Result]:
 def _compare(context: Run, spec: StateSpec) -> list[Result]:
     """A round of a system is a window in which nothing is saved (beside a busy loop), then saves: one, or beside a busy loop whole
     saves back to back for at least two seconds. Every save is restored and compared afterwards. The state's bytes change between
-    rounds. A system that cannot run is left out from there on, with its error.
+    rounds. A system that cannot run is left out from there on, with its error; if that shows when it saves for the first time,
+    everything begins again without it, in a new process (`SystemFailedError`).
     """
     scenario = context.scenario
     state = None
-    samples = {name: Samples() for name in scenario.peers}
+    samples = {name: Samples(error=context.known_error(spec, name)) for name in scenario.peers}
     opened: dict[str, System] = {}
     try:
         _room(scenario, spec)
         state = build(spec)
         bench = _Bench(state, LOOPS[scenario.loop](), Verifier(state, context.warm) if scenario.verified else None)
         for name, kept in samples.items():
+            if kept.error is not None:
+                continue
             with kept.failing():
                 opened[name] = context.open(name)
                 opened[name].peer.prepare(state)
             context.warn(name, kept.error)
-            with kept.failing(BitsDifferError):
-                if name in opened and kept.error is None:
+            if kept.error is None:
+                with kept.failing(BitsDifferError):
                     _settle(opened[name], bench, context)
-            context.warn(name, kept.error)
+                _begin_again_without(name, kept.error, context, spec)
         for number in range(1 - scenario.uncounted, scenario.rounds + 1):
             for name, system in opened.items():
                 kept = samples[name]
@@ -89,6 +101,8 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
                             kept.rounds.append(found)
                         if number <= 0 or found.foreign_cores <= FOREIGN_CORES:
                             break
+                if number <= 0:
+                    _begin_again_without(name, kept.error, context, spec)
                 context.warn(name, kept.error)
     except MemoryError as error:
         for kept in samples.values():
@@ -109,6 +123,12 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
         )
         for name, kept in samples.items()
     ]
+
+
+def _begin_again_without(name: str, error: str | None, context: Run, spec: StateSpec) -> None:
+    context.warn(name, error)
+    if error is not None and len(context.scenario.peers) > 1:
+        raise SystemFailedError(LeftOut(spec.name, name, error))
 
 
 def _room(scenario: Scenario, spec: StateSpec) -> None:

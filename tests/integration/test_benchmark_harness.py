@@ -1,6 +1,7 @@
 """The benchmark's own sums: goals, dropped samples, and a run from the command line to its lines of JSON."""
 
 import json
+import resource
 import subprocess
 import sys
 import threading
@@ -229,3 +230,22 @@ def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
     assert {goal["text"] for goal in lines[0]["goals"]} == {"restore, verified, of torch.load(mmap=True)'s"}
     assert len(lines[2]["series"]["memory_bytes_over_saves"]) == 2
     assert not list(folder.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path):
+    pytest.importorskip("torch_checkpointing")  # one descriptor a tensor; 26,668 of them here
+    file = tmp_path / "results.jsonl"
+    options = ["--size", "0.01", "--rounds", "1", "--peers", "torch_checkpointing,asyncckpt", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.bench", "small", *options]
+
+    def few_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
+
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, preexec_fn=few_descriptors
+    )
+    assert done.returncode == 0, done.stderr
+    errors = {line["peer"]: line["error"] for line in map(json.loads, file.read_text().splitlines())}
+    assert "Too many open files" in errors["torch_checkpointing"]
+    assert errors["asyncckpt"] is None
