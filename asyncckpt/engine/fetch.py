@@ -4,8 +4,6 @@ The caller waits meanwhile, so threads do not compete with it for the GIL as the
 is the wanted tensors once, plus one request and one block for each thread.
 """
 
-import contextlib
-import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 from asyncckpt import errors
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
+from asyncckpt.engine.pages import anonymous_map
 from asyncckpt.engine.ranges import Block, FetchPlan, Request, Slot, plan_fetch
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decode_block
@@ -65,14 +64,6 @@ def fetch(
 def default_threads(store: Store) -> int:
     """Requests side by side: 32 where connections are the limit, the usable cores where the processor is."""
     return REMOTE_THREADS if store.min_part_bytes > 1 else usable_cores()
-
-
-def anonymous_map(size_bytes: int) -> memoryview:
-    """Private memory in huge pages where the kernel gives them: a third of the page faults' time. Freed with its last view."""
-    memory = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)[:size_bytes]
 
 
 def read_shard(store: Store, key: str, offset: int, target: memoryview) -> None:
@@ -138,9 +129,10 @@ class _Fetch:
 
     def _serve(self, request: Request, stored: Scratch, plain: Scratch) -> None:
         if request.direct:
-            _, _, start, size = request.blocks[0].pieces[0]
-            self._read(request, self._target[start : start + size])
-            self._landed(request.blocks[0])
+            start = request.blocks[0].pieces[0][2]
+            self._read(request, self._target[start : start + request.stored_bytes])
+            for block in request.blocks:
+                self._landed(block)
             return
         data = stored.take(request.stored_bytes)
         self._read(request, data)

@@ -6,6 +6,7 @@ that many connections work side by side. Blocks that nobody asked for are not re
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, starmap
 
 from asyncckpt import errors
 from asyncckpt.format.dtypes import DTYPES
@@ -65,8 +66,8 @@ class Request:
 
     @property
     def direct(self) -> bool:
-        """Whether the bytes are read into the target without a copy."""
-        return len(self.blocks) == 1 and self.blocks[0].plane_bytes == 0 and self.blocks[0].whole
+        """Whether the bytes are read into the target without a copy: what is one run there as it is here."""
+        return all(map(_as_stored, self.blocks)) and all(starmap(_follows, pairwise(self.blocks)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,8 @@ def plan_fetch(index: Index, paths: Iterable[str]) -> FetchPlan:
     places: dict[str, tuple[int, int]] = {}
     by_shard: dict[int, list[_Wanted]] = {}
     end = 0
-    for path in dict.fromkeys(index.aliases.get(path, path) for path in paths):
-        if path not in index.tensors:
-            raise errors.RecordError(f"the index has no tensor {path!r}")
-        tensor = index.tensors[path]
+    for tensor in sorted(_named(index, paths), key=_stored_at):  # neighbours there are neighbours here
+        path = tensor.path
         start = end = -(-end // ALIGN_BYTES) * ALIGN_BYTES
         for chunk in check_runs(tensor):
             by_shard.setdefault(chunk.shard, []).append((tensor, chunk, len(slots)))
@@ -114,6 +113,17 @@ def plan_fetch(index: Index, paths: Iterable[str]) -> FetchPlan:
         shard = index.shards[number]
         requests += _merge(shard.key, _framed(index, chunks, slots) if shard.frames else _plain(chunks, slots))
     return FetchPlan(tuple(requests), tuple(slots), places, end)
+
+
+def _named(index: Index, paths: Iterable[str]) -> Iterator[IndexedTensor]:
+    for path in dict.fromkeys(index.aliases.get(path, path) for path in paths):
+        if path not in index.tensors:
+            raise errors.RecordError(f"the index has no tensor {path!r}")
+        yield index.tensors[path]
+
+
+def _stored_at(tensor: IndexedTensor) -> tuple[int, int]:
+    return tensor.chunks[0].shard, tensor.chunks[0].raw_offset
 
 
 def check_runs(tensor: IndexedTensor) -> Sequence[IndexedChunk]:
@@ -181,18 +191,36 @@ def _plain(chunks: Sequence[_Wanted], slots: Sequence[Slot]) -> Iterator[Block]:
             yield Block(start, size, 0, start, (size,), size, [piece])
 
 
+def _as_stored(block: Block) -> bool:
+    return block.plane_bytes == 0 and block.whole
+
+
+def _follows(before: Block, block: Block) -> bool:
+    """Is it the next one, in the object and in the target?"""
+    return (
+        before.stored_offset + before.stored_bytes == block.stored_offset
+        and before.pieces[0][2] + before.raw_bytes == block.pieces[0][2]
+    )
+
+
 def _merge(key: str, blocks: Iterable[Block]) -> Iterator[Request]:
     waiting: list[Block] = []
     start = end = 0
+    large = direct = (
+        False  # of those that wait: has one its own request at most times; are all read straight into the target?
+    )
     for block in blocks:
         far = block.stored_offset - end > GAP_BYTES or block.stored_offset + block.stored_bytes - start > REQUEST_BYTES
-        alone = block.plane_bytes == 0 and block.stored_bytes >= _DIRECT_BYTES
-        if waiting and (far or alone or (waiting[0].plane_bytes == 0 and waiting[0].stored_bytes >= _DIRECT_BYTES)):
+        is_large = block.plane_bytes == 0 and block.stored_bytes >= _DIRECT_BYTES
+        goes_on = direct and _as_stored(block) and _follows(waiting[-1], block)
+        if waiting and (far or ((is_large or large) and not goes_on)):
             yield Request(key, start, end - start, tuple(waiting))
             waiting = []
         if not waiting:
-            start = block.stored_offset
+            start, large, direct = block.stored_offset, False, True
+            goes_on = _as_stored(block)
         waiting.append(block)
+        large, direct = large or is_large, direct and goes_on
         end = block.stored_offset + block.stored_bytes
     if waiting:
         yield Request(key, start, end - start, tuple(waiting))
