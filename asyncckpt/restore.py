@@ -4,7 +4,7 @@ All or nothing: names, shapes, dtypes and every digest are checked before the fi
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +14,15 @@ import torch
 from asyncckpt import errors, events
 from asyncckpt.collector import held_off
 from asyncckpt.engine.catalog import read_index, read_record, read_values
-from asyncckpt.engine.direct import direct_paths
-from asyncckpt.engine.direct import fill as fill_direct
-from asyncckpt.engine.direct import verify as verify_direct
-from asyncckpt.engine.fetch import Progress, fetch
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.options import S3Options, StepChoice
-from asyncckpt.progress import bar
+from asyncckpt.staging import bring, fetch_tensors, shown_progress
 from asyncckpt.state import tree as trees
-from asyncckpt.state.dtypes import BY_NAME
-from asyncckpt.state.homes import memory_of
 from asyncckpt.state.statefile import read_state
-from asyncckpt.state.stateful import RestorePlan, plan_restore
-from asyncckpt.state.threads import within_idle_cores
+from asyncckpt.state.stateful import plan_restore
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
@@ -123,7 +116,7 @@ def restore_from(
         record = read_record(store, number)
         index = read_index(store, record)
         wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
-        _bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
+        bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
     with held_off():
@@ -144,88 +137,9 @@ def load_from(
     node = index.tree if prefix is None else _subtree(index.tree, prefix, record.step)
     values = read_values_of(store, record) if _holds_values(node) else {}
     paths = trees.leaves(node, prefix)
-    with _shown(record.step, hooks) as shown:
+    with shown_progress(record.step, hooks) as shown:
         tensors = fetch_tensors(store, index, paths, progress=shown, map_location=map_location)
     return trees.unflatten(node, tensors.__getitem__, values, prefix)
-
-
-def _bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, strict: bool, hooks: events.Hooks) -> None:
-    """Everything is read and verified, then it enters the objects: from a buffer, or straight from the store where that may be."""
-
-    def real_path(path: str) -> str:
-        return index.aliases.get(path, path)
-
-    real_paths = set(map(real_path, wanted.paths))
-    by_group = wanted.homes(direct_paths(store, index, real_paths), real_path)
-    homes = {path: tensor for inner in by_group.values() for path, tensor in inner.items()}
-    staged = [path for path in wanted.paths if real_path(path) not in homes]
-    home_bytes = sum(tensor.nbytes for tensor in homes.values())
-    total_bytes = sum(index.tensors[path].raw_bytes for path in real_paths if path in index.tensors)
-    with _shown(step, hooks) as shown:
-        tensors = fetch_tensors(store, index, staged, progress=lambda done, _: shown(done, total_bytes))
-        tensors |= {path: homes[real_path(path)] for path in wanted.paths if real_path(path) in homes}
-
-        def verified(done_bytes: int, _: int) -> None:
-            shown(total_bytes - home_bytes + done_bytes // 2, total_bytes)  # the other half when it is in its place
-
-        missing_bytes = home_bytes
-
-        def fill(group: str) -> None:
-            nonlocal missing_bytes
-            if group not in by_group:
-                return
-            before_bytes = missing_bytes
-
-            def filled(done_bytes: int, _: int) -> None:
-                shown(total_bytes - (before_bytes - done_bytes) // 2, total_bytes)
-
-            try:
-                places = {path: memory_of(tensor) for path, tensor in by_group[group].items()}
-                fill_direct(store, index, places, progress=filled)
-            except errors.CheckpointError as error:
-                error.message += "; the state is partly overwritten: restore again, or start anew"
-                if strict:
-                    raise  # an older checkpoint has every name too, so falling back overwrites all of it
-                raise errors.CheckpointError(error.message, key=error.key) from error
-            missing_bytes -= sum(tensor.nbytes for tensor in by_group[group].values())
-
-        if homes:
-            verify_direct(store, index, homes, progress=verified)
-        with within_idle_cores():
-            wanted.apply(tensors.__getitem__, fill=fill)
-
-
-@contextmanager
-def _shown(step: int, hooks: events.Hooks) -> Iterator[Progress]:
-    """A bar on a terminal, and events."""
-    with bar(0, f"restoring step {step}") as shown:
-
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            hooks(events.BytesRestored(step, done_bytes, total_bytes))
-            shown.total = total_bytes
-            shown.update(done_bytes - shown.n)
-
-        yield progress
-
-
-def fetch_tensors(
-    store: Store,
-    index: Index,
-    paths: Iterable[str],
-    *,
-    progress: Progress | None = None,
-    map_location: str | torch.device = "cpu",
-) -> dict[str, torch.Tensor]:
-    """Verified tensors by path, views of one block of memory; tied ones are one object."""
-    fetched = fetch(store, index, paths, progress=progress)
-    made: dict[str, torch.Tensor] = {}
-    found = {}
-    for path, data in fetched.tensors.items():
-        target = index.aliases.get(path, path)
-        if target not in made:
-            made[target] = _tensor(data, index.tensors[target].dtype, index.tensors[target].shape).to(map_location)
-        found[path] = made[target]
-    return found
 
 
 @contextmanager
@@ -239,13 +153,6 @@ def opened(
         return
     with closing(open_store(os.fspath(url), store, on_retry=events.Hooks(tuple(hooks)))) as place:
         yield place
-
-
-def _tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if dtype not in BY_NAME:
-        raise errors.StateMismatchError(f"this version of torch ({torch.__version__}) has no dtype {dtype}")
-    kind = BY_NAME[dtype]
-    return torch.frombuffer(data, dtype=kind).reshape(shape) if len(data) else torch.empty(shape, dtype=kind)
 
 
 def _specs(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:

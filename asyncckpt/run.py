@@ -18,7 +18,8 @@ from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.options import Best, S3Options
-from asyncckpt.restore import fetch_tensors, load_from, read_values_of
+from asyncckpt.restore import load_from, read_values_of
+from asyncckpt.staging import fetch_tensors
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
 

@@ -18,7 +18,7 @@ Spec = tuple[str, tuple[int, ...]]
 
 
 class Homes:
-    """Offers, made while state and checkpoint are compared; `handed`: ids of the tensors made here, which an object may keep."""
+    """Offers, made while state and checkpoint are compared; `handed`: ids of new tensors, which an object may keep."""
 
     def __init__(self, specs: Mapping[str, Spec]) -> None:
         self._specs = specs
@@ -50,14 +50,23 @@ class Homes:
                 found.setdefault(real, tensor)
         for path in _crowded(spans):
             found.pop(path, None)
-        offered = {real_path(path) for path, _ in self._offers}
-        for path in self._missing:
+        for path in self.wanting(wanted, real_path):
             dtype, shape = self._specs[path]
-            if path in wanted and path not in offered and dtype in BY_NAME:
-                found[path] = torch.empty(shape, dtype=BY_NAME[dtype], device="cpu")
-                self.handed.add(id(found[path]))
-                self._made.append(found[path])
+            found[path] = torch.empty(shape, dtype=BY_NAME[dtype], device="cpu")
+            self.hand(found[path])
         return found
+
+    def wanting(self, paths: Collection[str], real_path: Callable[[str], str]) -> set[str]:
+        """Those of `paths` that have no tensor yet, and whose new one is kept if it is handed over."""
+        offered = {real_path(path) for path, _ in self._offers}
+        return {
+            path for path in self._missing if path in paths and path not in offered and self._specs[path][0] in BY_NAME
+        }
+
+    def hand(self, tensor: torch.Tensor) -> None:
+        """Whoever is given this tensor may keep it; only the first one does."""
+        self.handed.add(id(tensor))
+        self._made.append(tensor)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

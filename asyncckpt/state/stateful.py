@@ -28,17 +28,29 @@ class RestorePlan:
 
         What two groups need has none: the second would find what the first one's own code made of it.
         """
+        alone = self._alone(paths, real_path)
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for path, tensor in self._homes.choose(alone, real_path, self._targets).items():
+            found.setdefault(alone[path], {})[path] = tensor
+        return found
+
+    def wanting(self, paths: Collection[str], real_path: Callable[[str], str]) -> set[str]:
+        """Those of `paths` for which `apply` keeps the tensor itself, if it was told so by `hand`."""
+        return self._homes.wanting(self._alone(paths, real_path), real_path)
+
+    def hand(self, tensor: torch.Tensor) -> None:
+        """What is returned for a path of `wanting` belongs to nobody else."""
+        self._homes.hand(tensor)
+
+    def _alone(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, str]:
+        """Those of `paths` that one group alone needs, and which."""
         needed: dict[str, set[str]] = {}
         for path in self.paths:
             needed.setdefault(real_path(path), set()).add(path.partition("/")[0])
-        alone = {path: groups for path in paths if len(groups := needed.get(path, set())) == 1}
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for path, tensor in self._homes.choose(alone, real_path, self._targets).items():
-            found.setdefault(next(iter(alone[path])), {})[path] = tensor
-        return found
+        return {path: next(iter(groups)) for path in paths if len(groups := needed.get(path, set())) == 1}
 
     def apply(self, tensor: Getter, *, fill: Callable[[str], None] = lambda _: None) -> None:
-        """Copy everything into the objects. No object keeps a tensor that `tensor` returned, unless `homes` made it.
+        """Copy everything into the objects. No object keeps a tensor that `tensor` returned, unless `homes` made it or `hand` gave it.
 
         `fill(group)` is called when nothing stands in the way any more, just before a group is restored: it fills the
         group's homes, which `tensor` returns for their paths.

@@ -11,7 +11,8 @@ from asyncckpt.engine.direct import direct_paths, fill, verify
 from asyncckpt.engine.fetch import anonymous_map, default_threads, fetch
 from asyncckpt.engine.ranges import plan_fetch
 from asyncckpt.format.index import Index
-from asyncckpt.restore import fetch_tensors, read_values_of
+from asyncckpt.restore import read_values_of
+from asyncckpt.staging import fetch_tensors
 from asyncckpt.state.homes import memory_of
 from asyncckpt.state.stateful import RestorePlan, plan_restore
 from asyncckpt.store.base import Store

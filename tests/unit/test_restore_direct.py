@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncckpt import errors, events
+from asyncckpt import errors, events, staging
 from asyncckpt.format import keys
 from asyncckpt.restore import restore, restore_from
 from asyncckpt.state.homes import Homes, memory_of
@@ -407,3 +407,50 @@ def test_a_failure_between_the_two_readings_says_that_the_state_is_partly_overwr
     else:
         with pytest.raises(errors.CheckpointError, match="partly overwritten"):
             restore(URL, training(2), store=store, strict=False)
+
+
+@pytest.mark.parametrize("codec", ["planes", "none"])
+def test_what_is_fetched_for_an_optimizer_without_state_is_handed_over_and_holds_nothing_else(codec, monkeypatch):
+    fetched = []
+    fetch = staging.fetch_tensors
+
+    def spy(store, index, paths, **options):
+        fetched.append(fetch(store, index, list(paths), **options))
+        return fetched[-1]
+
+    monkeypatch.setattr(staging, "fetch_tensors", spy)
+    monkeypatch.setattr(MemoryStore, "rereads", False)  # as a far store
+    source, target = training(1), training(2, steps=0)
+    restore(URL, target, store=stored(source, codec=codec))
+    assert contents(target) == contents(source)
+    buffered, handed = fetched
+    assert {path.partition("/")[0] for path in buffered} == {"model", "extra"}
+    assert {path.partition("/")[0] for path in handed} == {"optimizer"}
+    slot = target["optimizer"].state[target["model"].first.weight]
+    assert slot["exp_avg"] is handed["optimizer/state/#0/exp_avg"]
+    target["optimizer"].step()  # it is whole: a step with it works
+    for value in [*target["model"].parameters(), target["extra"]]:
+        assert all(value.data_ptr() != other.data_ptr() for other in buffered.values())
+
+
+@pytest.mark.parametrize("codec", ["planes", "none"])
+def test_two_optimizers_that_were_one_share_no_state_that_was_fetched(codec, monkeypatch):
+    monkeypatch.setattr(MemoryStore, "rereads", False)
+    source = training(1)
+    source["other"] = source["optimizer"]
+    model = Model()
+    target = {"model": model, "extra": torch.zeros(LARGE, LARGE)}
+    target |= {name: torch.optim.AdamW(model.parameters(), lr=1e-3) for name in ("optimizer", "other")}
+    restore(URL, target, store=stored(source, codec=codec))
+    for one, other in zip(target["optimizer"].state.values(), target["other"].state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+        assert one["exp_avg"].data_ptr() != other["exp_avg"].data_ptr()
+
+
+def test_progress_is_told_of_handed_tensors_too(monkeypatch):
+    monkeypatch.setattr(MemoryStore, "rereads", False)
+    told = []
+    restore(URL, training(2, steps=0), store=stored(training(1)), hooks=[told.append])
+    done = [event.done_bytes for event in told if isinstance(event, events.BytesRestored)]
+    assert done == sorted(done)
+    assert done[-1] == told[-1].total_bytes
