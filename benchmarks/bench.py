@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def main() -> int:
     try:
         found = scenarios.run(args.scenarios[0], choices)
     except scenarios.SystemFailedError as error:
-        _begin_again([*choices.left_out, error.left_out])
+        _begin_again([*choices.left_out, error.left_out], error.folder)
     print(results.table(found) + "\n", flush=True)
     if args.json:
         results.append(args.json, found, trained().source)
@@ -63,11 +64,13 @@ def main() -> int:
     return 1 if broken or (args.assert_goals and missed) else 0
 
 
-def _begin_again(left_out: list[scenarios.LeftOut]) -> NoReturn:
+def _begin_again(left_out: list[scenarios.LeftOut], folder: Path | None) -> NoReturn:
     """This command in a new program, in the same process: what a system left behind (20,000 descriptors) is gone."""
     os.environ[_LEFT_OUT] = json.dumps([dataclasses.astuple(one) for one in left_out])
     sys.stdout.flush()
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:]])
 
 

@@ -31,5 +31,8 @@ def run(name: str, choices: Choices) -> list[Result]:
     try:
         with contextlib.ExitStack() as stack:
             return KINDS[scenario.kind](Run(scenario, choices, stack))
+    except SystemFailedError as error:
+        error.folder = folder
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -64,11 +64,15 @@ class LeftOut:
 
 
 class SystemFailedError(Exception):
-    """A system failed before any round was counted, and may have left descriptors or memory behind: the others need a new process."""
+    """A system failed before any round was counted, and may have left descriptors or memory behind: the others need a new process.
+
+    `folder`: what could not be removed for want of a descriptor.
+    """
 
     def __init__(self, left_out: LeftOut) -> None:
         super().__init__(f"{left_out.peer} failed: {left_out.error}")
         self.left_out = left_out
+        self.folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

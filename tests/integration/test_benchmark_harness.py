@@ -235,9 +235,9 @@ def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
 @pytest.mark.slow
 def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path):
     pytest.importorskip("torch_checkpointing")  # one descriptor a tensor; 26,668 of them here
-    file = tmp_path / "results.jsonl"
-    options = ["--size", "0.01", "--rounds", "1", "--peers", "torch_checkpointing,asyncckpt", "--json", str(file)]
-    command = [sys.executable, "-m", "benchmarks.bench", "small", *options]
+    file, folder = tmp_path / "results.jsonl", tmp_path / "scratch"
+    options = ["--size", "0.01", "--rounds", "1", "--peers", "torch_checkpointing,asyncckpt", "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.bench", "small", *options, "--json", str(file)]
 
     def few_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
@@ -249,3 +249,4 @@ def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path):
     errors = {line["peer"]: line["error"] for line in map(json.loads, file.read_text().splitlines())}
     assert "Too many open files" in errors["torch_checkpointing"]
     assert errors["asyncckpt"] is None
+    assert not list(folder.iterdir()), "nothing is left behind"
