@@ -22,7 +22,7 @@ def first_good(
 ) -> tuple[Result, tuple[int, ...]] | None:
     """What `read` returns for the chosen step, and the damaged steps passed over. None: nothing to choose from.
 
-    Only damage falls back: a mismatch of the state or a failure of the store is raised at once. When every checkpoint is
+    Only damage falls back, and only if it is there twice: a bit may also flip on its way. A mismatch of the state or a failure of the store is raised at once. When every checkpoint is
     damaged, the first choice's error is raised.
     """
     damaged: dict[int, errors.CheckpointError] = {}
@@ -30,8 +30,7 @@ def first_good(
     for _ in range(_RESOLVES):
         for step in _candidates(store, choice, damaged, hooks):
             try:
-                with reading(store, step):
-                    return read(step), _to_mark(damaged)
+                return _read_again(store, step, read), _to_mark(damaged)
             except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
                 if isinstance(choice, int):
                     raise
@@ -47,6 +46,24 @@ def first_good(
     if failure := next(iter(damaged.values()), gone):
         raise failure
     return None
+
+
+def _read_again(store: Store, step: int, read: Callable[[int], Result]) -> Result:
+    """What does not fit its digest is read once more: the step is not given up, or set aside for good, for a fault on the way."""
+    try:
+        with reading(store, step):
+            return read(step)
+    except errors.MissingShardError:
+        raise
+    except errors.CorruptCheckpointError as error:
+        first = error
+        _forget_locals(error)
+    try:
+        with reading(store, step):
+            return read(step)
+    except errors.CorruptCheckpointError as error:
+        _forget_locals(error)
+    raise first  # which may say that the state is partly overwritten
 
 
 @contextmanager

@@ -25,6 +25,13 @@ def is_optimizer_node(node: Any) -> bool:
     return isinstance(inner, dict) and set(inner) == {"state", "param_groups"} and "dict" in inner["state"]
 
 
+# state of torch.optim's own classes that has the shape of its parameter (their sources, torch 2.13)
+_SHAPED_AS_PARAMETER = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
+    *("acc_delta", "sum", "ax", "prev", "step_size"),
+}
+
+
 class _Ids(list[Any]):
     """A group's parameter ids: torch's loader asks for every single value whether its parameter is among them.
 
@@ -63,18 +70,27 @@ class OptimizerLoad:
             if len(ids) != len(group["params"]):
                 match.problems.append(f"{below}: {len(group['params'])} in the state, {len(ids)} in the checkpoint")
             self._parameters.update(zip(ids, group["params"], strict=False))
-        self._handed = match.homes.handed
+        self._homes = match.homes
+        fillable = _is_plain(optimizer)
+        self._knows_shapes = fillable and type(optimizer).__module__.startswith("torch.optim.")
         for name, child in inner["state"]["dict"].items():
             self._compare(name, child, f"{path}/state/{name}", match)
-            if _is_plain(optimizer):
-                self._offer(name, child, f"{path}/state/{name}", match)
+            self._offer(name, child, f"{path}/state/{name}", match, fillable=fillable)
 
     def _compare(self, name: str, node: Any, path: str, match: "Matching") -> None:
-        """State that exists already must have the shapes of the checkpoint's."""
+        """State that exists already must have the shapes of the checkpoint's, and moments those of their parameters."""
         parameter = self._parameters.get(keys.unescape(name))
         before = self._optimizer.state.get(parameter, {}) if parameter is not None else {}
         if not isinstance(node, dict) or not isinstance(before, dict):
             return
+        if parameter is not None and self._knows_shapes:
+            for key in _SHAPED_AS_PARAMETER & node.get("dict", {}).keys() - before.keys():
+                inner = f"{path}/{key}"
+                if node["dict"][key] == "tensor" and tuple(match.spec(inner)[1]) != tuple(parameter.shape):
+                    match.problems.append(
+                        f"{inner}: shape {tuple(match.spec(inner)[1])} in the checkpoint, but the parameter at this place has "
+                        f"{tuple(parameter.shape)}: the optimizer was made from other parameters, or in another order"
+                    )
         for key, value in before.items():
             inner = f"{path}/{keys.escape(key)}"
             if isinstance(value, torch.Tensor) and node.get("dict", {}).get(keys.escape(key)) == "tensor":
@@ -84,18 +100,19 @@ class OptimizerLoad:
                         f"{inner}: shape {tuple(value.shape)} in the state, {shape} in the checkpoint"
                     )
 
-    def _offer(self, name: str, node: Any, path: str, match: "Matching") -> None:
-        """Bytes may be read into state that exists, and into new tensors where it does not."""
+    def _offer(self, name: str, node: Any, path: str, match: "Matching", *, fillable: bool) -> None:
+        """Values go into state that exists, bytes perhaps straight there, or into new tensors where it does not."""
         parameter = self._parameters.get(keys.unescape(name))
-        if parameter is None or not isinstance(node, dict) or parameter.device.type != "cpu":
+        if parameter is None or not isinstance(node, dict):
             return
         before = self._optimizer.state.get(parameter, {})
         before = {keys.escape(key): value for key, value in before.items()} if isinstance(before, dict) else {}
         for key, kind in node.get("dict", {}).items():
             if kind == "tensor" and key not in before:
-                match.homes.offer_new(f"{path}/{key}")
+                if fillable and parameter.device.type == "cpu":
+                    match.homes.offer_new(f"{path}/{key}")
             elif kind == "tensor" and isinstance(before[key], torch.Tensor):
-                match.homes.offer(f"{path}/{key}", before[key])
+                match.homes.offer(f"{path}/{key}", before[key], fillable=fillable)
 
     def __call__(self, get: Getter) -> None:
         """Load."""
@@ -116,17 +133,25 @@ class OptimizerLoad:
             # the parameters first: at a group's end zip must not take an id that belongs to the next group
             for parameter, number in zip(group["params"], ids, strict=False):
                 if number in final["state"] and parameter in optimizer.state:
-                    old = before.get(parameter, {})
+                    old = self._uncrowded(before.get(parameter, {}), number)
                     self._put_right(optimizer.state[parameter], final["state"][number], old, parameter, hosted=hosted)
         _keep_group_tensors(optimizer, groups)
+
+    def _uncrowded(self, before: dict[Any, Any], number: Any) -> dict[Any, Any]:
+        """Without the tensors that share memory with what gets another value: copied into, they would overwrite it."""
+        crowded = self._homes.crowded
+        if not crowded:
+            return before
+        path = f"{self._path}/state/{keys.escape(number)}"
+        return {key: value for key, value in before.items() if f"{path}/{keys.escape(key)}" not in crowded}
 
     def _put_right(
         self, current: dict[Any, Any], saved: Any, before: dict[Any, Any], parameter: torch.Tensor, *, hosted: bool
     ) -> None:
         """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits."""
         for key, value in saved.items() if isinstance(saved, dict) else ():
-            if id(value) in self._handed and value.device == parameter.device:
-                self._handed.discard(id(value))  # made for this state; another that asks for it gets a copy
+            if id(value) in self._homes.handed and value.device == parameter.device:
+                self._homes.handed.discard(id(value))  # made for this state; another that asks for it gets a copy
                 current[key] = value
             elif key in current:
                 device = None if key == "step" and not hosted else parameter.device

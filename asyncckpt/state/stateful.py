@@ -60,6 +60,7 @@ class RestorePlan:
             CheckpointError: A `load_state_dict` raised; the groups before it are restored, it and those behind it are not.
         """
         self._check_ties(tensor)
+        self._homes.crowd(self._targets, {path: id(tensor(path)) for path in self.paths})
         for key, name, place in self._places:
             fill(name)
             try:

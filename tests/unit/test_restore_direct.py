@@ -454,3 +454,34 @@ def test_progress_is_told_of_handed_tensors_too(monkeypatch):
     done = [event.done_bytes for event in told if isinstance(event, events.BytesRestored)]
     assert done == sorted(done)
     assert done[-1] == told[-1].total_bytes
+
+
+@pytest.mark.parametrize("rereads", [True, False])
+@pytest.mark.parametrize("other", ["state", "parameter", "view"])
+def test_state_that_shares_memory_gets_memory_of_its_own_where_the_checkpoint_has_another_value(
+    other, rereads, monkeypatch
+):
+    monkeypatch.setattr(MemoryStore, "rereads", rereads)
+    source, target = training(1), training(2)
+    for slot in source["optimizer"].state.values():
+        slot["anchor"] = torch.randn(slot["exp_avg"].shape)
+    for parameter, slot in target["optimizer"].state.items():
+        whole = {"state": slot["exp_avg"], "parameter": parameter.detach(), "view": slot["exp_avg"].view(-1)}[other]
+        slot["anchor"] = whole.view(parameter.shape)
+    restore(URL, target, store=stored(source))
+    assert contents(target) == contents(source)
+
+
+@pytest.mark.parametrize("rereads", [True, False])
+def test_state_that_is_tied_in_the_checkpoint_too_stays_tied_and_in_place(rereads, monkeypatch):
+    monkeypatch.setattr(MemoryStore, "rereads", rereads)
+    source, target = training(1), training(2)
+    for state in (source, target):
+        for slot in state["optimizer"].state.values():
+            slot["anchor"] = slot["exp_avg"]
+    first = target["model"].first.weight
+    held = target["optimizer"].state[first]["exp_avg"]
+    restore(URL, target, store=stored(source))
+    assert contents(target) == contents(source)
+    assert target["optimizer"].state[first]["exp_avg"] is held
+    assert target["optimizer"].state[first]["anchor"] is held

@@ -273,3 +273,20 @@ def test_loading_takes_time_in_proportion_to_the_parameters(monkeypatch):
     assert seen
     assert all(all(known) for known in seen)
     assert target.seen() == source.seen()
+
+
+def test_moments_of_parameters_in_another_order_are_a_mismatch_where_shapes_tell():
+    def training(reverse):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        parameters = list(model.parameters())
+        return {"m": model, "o": torch.optim.AdamW(parameters[::-1] if reverse else parameters)}
+
+    source, target = training(reverse=False), training(reverse=True)
+    for parameter in source["m"].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    source["o"].step()
+    before = snapshot([target["m"].state_dict()])
+    with pytest.raises(StateMismatchError, match=r"o/state/#0/exp_avg: shape \(8, 8\).*another order"):
+        Pocket.of(source).restore(target)
+    assert snapshot([target["m"].state_dict()]) == before
+    assert not target["o"].state
