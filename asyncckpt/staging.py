@@ -1,12 +1,13 @@
 """Verified tensors of a checkpoint: into memory of their own, and from there or straight from the store into live objects."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 
 from asyncckpt import errors, events
-from asyncckpt.engine.direct import direct_paths, fill, verify
+from asyncckpt.engine.direct import MIN_BYTES, direct_paths, fill, verify
 from asyncckpt.engine.fetch import Progress, fetch
 from asyncckpt.format.index import Index
 from asyncckpt.progress import bar
@@ -16,6 +17,8 @@ from asyncckpt.state.stateful import RestorePlan
 from asyncckpt.state.threads import within_idle_cores
 from asyncckpt.store.base import Store
 
+NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+
 
 def fetch_tensors(
     store: Store,
@@ -24,15 +27,18 @@ def fetch_tensors(
     *,
     progress: Progress | None = None,
     map_location: str | torch.device = "cpu",
+    own: Mapping[str, torch.Tensor] = NONE,
 ) -> dict[str, torch.Tensor]:
-    """Verified tensors by path, views of one block of memory; tied ones are one object."""
-    fetched = fetch(store, index, paths, progress=progress)
-    made: dict[str, torch.Tensor] = {}
+    """Verified tensors by path, views of one block of memory but for those of `own`, which are filled; tied ones are one object."""
+    places = {path: memory_of(tensor) for path, tensor in own.items()}
+    fetched = fetch(store, index, paths, places=places, progress=progress)
+    made = dict(own)
     found = {}
     for path, data in fetched.tensors.items():
         target = index.aliases.get(path, path)
         if target not in made:
-            made[target] = _tensor(data, index.tensors[target].dtype, index.tensors[target].shape).to(map_location)
+            with torch.inference_mode(mode=False):
+                made[target] = _tensor(data, index.tensors[target].dtype, index.tensors[target].shape).to(map_location)
         found[path] = made[target]
     return found
 
@@ -59,8 +65,8 @@ def shown_progress(step: int, hooks: events.Hooks) -> Iterator[Progress]:
 class _Bringing:
     """One restore. A tensor goes one of three ways.
 
-    Read into its place, after it was verified there in the store (`homes`). Read into new memory that its object keeps, because it
-    has none yet (`handed`). Or into a buffer, and copied from there (`buffered`).
+    Read into its place, after it was verified in the store. Or into new memory that its object keeps, because it has none yet. Or
+    into a buffer, and copied from there.
     """
 
     def __init__(self, store: Store, index: Index, wanted: RestorePlan, shown: Progress) -> None:
@@ -74,11 +80,10 @@ class _Bringing:
         homes = {path: tensor for inner in self._homes.values() for path, tensor in inner.items()}
         tensors = {path: homes[self._real(path)] for path in self._wanted.paths if self._real(path) in homes}
         staged = [path for path in self._wanted.paths if path not in tensors]
-        handed = self._wanted.wanting(set(map(self._real, staged)), self._real)
-        tensors |= self._fetch(path for path in staged if self._real(path) not in handed)
-        tensors |= self._fetch(path for path in staged if self._real(path) in handed)  # what is kept holds nothing else
-        for path in handed:
-            self._wanted.hand(tensors[path])
+        large = [path for path in map(self._real, staged) if self._index.tensors[path].raw_bytes >= MIN_BYTES]
+        tensors |= self._fetch(
+            staged, {path: self._wanted.make(path) for path in self._wanted.wanting(large, self._real)}
+        )
         if homes:
             with self._half_of(homes.values()) as progress:
                 verify(self._store, self._index, homes, progress=progress)
@@ -88,14 +93,12 @@ class _Bringing:
     def _real(self, path: str) -> str:
         return self._index.aliases.get(path, path)
 
-    def _fetch(self, paths: Iterable[str]) -> dict[str, torch.Tensor]:
-        before = self._halves_done
-
+    def _fetch(self, paths: Iterable[str], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         def progress(done_bytes: int, _: int) -> None:
-            self._halves_done = before + 2 * done_bytes
+            self._halves_done = 2 * done_bytes
             self._shown(self._halves_done // 2, self._total_bytes)
 
-        return fetch_tensors(self._store, self._index, paths, progress=progress)
+        return fetch_tensors(self._store, self._index, paths, progress=progress, own=own)
 
     @contextmanager
     def _half_of(self, tensors: Collection[torch.Tensor]) -> Iterator[Progress]:

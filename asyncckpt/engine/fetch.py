@@ -5,8 +5,10 @@ is the wanted tensors once, plus one request and one block for each thread.
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from asyncckpt import errors
 from asyncckpt.engine.cores import usable_cores
@@ -21,6 +23,7 @@ from asyncckpt.store.base import Store
 REMOTE_THREADS = 32
 """Connections side by side: one brings 90 MB/s from S3, and each request first waits some 30 ms."""
 
+NOWHERE: Mapping[str, memoryview] = MappingProxyType({})
 Progress = Callable[[int, int], None]
 """Called on the calling thread, about ten times a second, with plain bytes done and in total."""
 Provider = Callable[[int], memoryview]
@@ -29,7 +32,7 @@ Provider = Callable[[int], memoryview]
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """`tensors`: path to its plain bytes, verified, all views of one map. `requested_bytes`: what was read from the store."""
+    """`tensors`: path to its plain bytes, verified; views of one map but for given places. `requested_bytes`: read from the store."""
 
     tensors: Mapping[str, memoryview]
     requested_bytes: int
@@ -41,23 +44,27 @@ def fetch(
     paths: Iterable[str],
     *,
     into: Provider | None = None,
+    places: Mapping[str, memoryview] = NOWHERE,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Fetched:
     """Read, decode and verify the tensors at `paths`; nothing else is downloaded. Aliases share one view.
 
+    `places`: memory for some of them, by the path of a tensor that is no alias; on an error it holds anything.
     `threads`: None takes what the store gains from. The first error ends the others and is raised; no thread is left behind.
     Raises `MissingShardError`, `DigestMismatchError` or `CorruptCheckpointError` with the shard's key.
     """
     names = list(dict.fromkeys(paths))
-    plan = plan_fetch(index, names)
-    target = (into or anonymous_map)(plan.target_bytes)
+    plan = plan_fetch(index, names, places)
+    target = _Target(
+        (into or anonymous_map)(plan.target_bytes), {plan.tensors[path][0]: places[path] for path in places}
+    )
     count = min(threads or default_threads(store), len(plan.requests))
     _Fetch(store, plan, target, progress).run(count)
     tensors = {}
     for name in names:
         start, size = plan.tensors[index.aliases.get(name, name)]
-        tensors[name] = target[start : start + size]
+        tensors[name] = target.at(start, size)
     return Fetched(tensors, plan.requested_bytes)
 
 
@@ -90,10 +97,25 @@ class Scratch:
         return self._memory[:size_bytes]
 
 
+class _Target:
+    """What a plan lays out: one map, and behind it some tensors that have places of their own. `places`: by their first offset."""
+
+    def __init__(self, whole: memoryview, places: Mapping[int, memoryview]) -> None:
+        self._whole = whole
+        self._starts = sorted(places)
+        self._places = [places[start] for start in self._starts]
+
+    def at(self, start: int, size_bytes: int) -> memoryview:
+        """So many bytes; they never reach from one place into another."""
+        before = bisect_right(self._starts, start)
+        place, begin = (self._places[before - 1], self._starts[before - 1]) if before else (self._whole, 0)
+        return place[start - begin : start - begin + size_bytes]
+
+
 class _Fetch:
     """One fetch under way: threads take requests in order until none is left or one failed."""
 
-    def __init__(self, store: Store, plan: FetchPlan, target: memoryview, progress: Progress | None) -> None:
+    def __init__(self, store: Store, plan: FetchPlan, target: _Target, progress: Progress | None) -> None:
         self._store = store
         self._plan = plan
         self._target = target
@@ -130,7 +152,7 @@ class _Fetch:
     def _serve(self, request: Request, stored: Scratch, plain: Scratch) -> None:
         if request.direct:
             start = request.blocks[0].pieces[0][2]
-            self._read(request, self._target[start : start + request.stored_bytes])
+            self._read(request, self._target.at(start, request.stored_bytes))
             for block in request.blocks:
                 self._landed(block)
             return
@@ -151,7 +173,7 @@ class _Fetch:
             out = data
         else:
             whole = block.pieces[0][2]
-            out = self._target[whole : whole + block.raw_bytes] if block.whole else plain.take(block.raw_bytes)
+            out = self._target.at(whole, block.raw_bytes) if block.whole else plain.take(block.raw_bytes)
             frames, start = [], 0
             for size in block.frames:
                 frames.append(data[start : start + size])
@@ -160,7 +182,7 @@ class _Fetch:
             if block.whole:
                 return
         for offset, _, start, size in block.pieces:
-            self._target[start : start + size] = out[offset : offset + size]
+            self._target.at(start, size)[:] = out[offset : offset + size]
 
     def _landed(self, block: Block) -> None:
         """Count the block's pieces; the thread that brings a chunk's last byte verifies the chunk."""
@@ -177,7 +199,7 @@ class _Fetch:
             self._done_bytes += sum(piece[3] for piece in block.pieces)
 
     def _verify(self, slot: Slot) -> None:
-        if digest(self._target[slot.start : slot.start + slot.raw_bytes]) != slot.digest:
+        if digest(self._target.at(slot.start, slot.raw_bytes)) != slot.digest:
             raise errors.DigestMismatchError(
                 f"the bytes of tensor {slot.path!r} differ from their digest", key=slot.key
             )

@@ -4,7 +4,7 @@ A block is what decodes alone. Blocks that lie close together in a shard travel 
 that many connections work side by side. Blocks that nobody asked for are not requested.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, starmap
 
@@ -72,7 +72,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
-    """`tensors`: path to (offset in the target, bytes)."""
+    """`tensors`: path to (offset in the target, bytes). `target_bytes`: of those that have no memory of their own, which stand first."""
 
     requests: tuple[Request, ...]
     slots: tuple[Slot, ...]
@@ -90,8 +90,10 @@ class FetchPlan:
         return sum(request.stored_bytes for request in self.requests)
 
 
-def plan_fetch(index: Index, paths: Iterable[str]) -> FetchPlan:
+def plan_fetch(index: Index, paths: Iterable[str], own: Container[str] = ()) -> FetchPlan:
     """Lay the tensors out and find their ranges. An alias is planned once, with the tensor it stands for.
+
+    Those in `own` stand behind the others with a gap before each, so that nothing reaches from one into the next.
 
     `RecordError` for a path that the index does not name, or whose chunks and frames do not fit together.
     """
@@ -99,20 +101,23 @@ def plan_fetch(index: Index, paths: Iterable[str]) -> FetchPlan:
     places: dict[str, tuple[int, int]] = {}
     by_shard: dict[int, list[_Wanted]] = {}
     end = 0
-    for tensor in sorted(_named(index, paths), key=_stored_at):  # neighbours there are neighbours here
+    target_bytes = 0
+    # neighbours there are neighbours here
+    for tensor in sorted(_named(index, paths), key=lambda tensor: (tensor.path in own, *_stored_at(tensor))):
         path = tensor.path
-        start = end = -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        start = end = -(-end // ALIGN_BYTES) * ALIGN_BYTES + (ALIGN_BYTES if path in own else 0)
         for chunk in check_runs(tensor):
             by_shard.setdefault(chunk.shard, []).append((tensor, chunk, len(slots)))
             slots.append(Slot(path, index.shards[chunk.shard].key, end, chunk.raw_bytes, chunk.digest, chunk.raw_bytes))
             end += chunk.raw_bytes
         places[path] = (start, end - start)
+        target_bytes = target_bytes if path in own else end
     requests: list[Request] = []
     for number, chunks in sorted(by_shard.items()):
         chunks.sort(key=lambda row: row[1].raw_offset)
         shard = index.shards[number]
         requests += _merge(shard.key, _framed(index, chunks, slots) if shard.frames else _plain(chunks, slots))
-    return FetchPlan(tuple(requests), tuple(slots), places, end)
+    return FetchPlan(tuple(requests), tuple(slots), places, target_bytes)
 
 
 def _named(index: Index, paths: Iterable[str]) -> Iterator[IndexedTensor]:

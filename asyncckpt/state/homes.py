@@ -57,10 +57,7 @@ class Homes:
                 found.setdefault(real, tensor)
         for path in _crowded(spans):
             found.pop(path, None)
-        for path in self.wanting(wanted, real_path):
-            dtype, shape = self._specs[path]
-            found[path] = torch.empty(shape, dtype=BY_NAME[dtype], device="cpu")
-            self.hand(found[path])
+        found |= {path: self.make(path) for path in self.wanting(wanted, real_path)}
         return found
 
     def crowd(self, targets: Iterable[tuple[torch.Tensor, str]], values: Mapping[str, int]) -> None:
@@ -76,16 +73,20 @@ class Homes:
         self.crowded = {path for path, _ in self._offers if values.get(path) in crowded}
 
     def wanting(self, paths: Collection[str], real_path: Callable[[str], str]) -> set[str]:
-        """Those of `paths` that have no tensor yet, and whose new one is kept if it is handed over."""
+        """Those of `paths` that have no tensor yet, and whose new one is kept (`make`)."""
         offered = {real_path(path) for path, _ in self._offers}
         return {
             path for path in self._missing if path in paths and path not in offered and self._specs[path][0] in BY_NAME
         }
 
-    def hand(self, tensor: torch.Tensor) -> None:
-        """Whoever is given this tensor may keep it; only the first one does."""
-        self.handed.add(id(tensor))
-        self._made.append(tensor)
+    def make(self, path: str) -> torch.Tensor:
+        """A new tensor that whoever asks first for `path` keeps."""
+        dtype, shape = self._specs[path]
+        with torch.inference_mode(mode=False):
+            made = torch.empty(shape, dtype=BY_NAME[dtype], device="cpu")
+        self.handed.add(id(made))
+        self._made.append(made)
+        return made
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -9,10 +9,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from asyncckpt.format import keys
-from asyncckpt.state.copying import Getter, copy_exact, private
+from asyncckpt.state.copying import Getter, bits_equal, copy_exact, private
 from asyncckpt.state.tree import entries_of, stored, unflatten
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class OptimizerLoad:
                 match.problems.append(f"{below}: {len(group['params'])} in the state, {len(ids)} in the checkpoint")
             self._parameters.update(zip(ids, group["params"], strict=False))
         self._homes = match.homes
-        fillable = _is_plain(optimizer)
+        fillable = self._plain = _is_plain(optimizer)
         self._knows_shapes = fillable and type(optimizer).__module__.startswith("torch.optim.")
         for name, child in inner["state"]["dict"].items():
             self._compare(name, child, f"{path}/state/{name}", match)
@@ -109,13 +110,17 @@ class OptimizerLoad:
         before = {keys.escape(key): value for key, value in before.items()} if isinstance(before, dict) else {}
         for key, kind in node.get("dict", {}).items():
             if kind == "tensor" and key not in before:
-                if fillable and parameter.device.type == "cpu":
+                if fillable and parameter.device.type == "cpu" and parameter.is_contiguous():
                     match.homes.offer_new(f"{path}/{key}")
             elif kind == "tensor" and isinstance(before[key], torch.Tensor):
                 match.homes.offer(f"{path}/{key}", before[key], fillable=fillable)
 
     def __call__(self, get: Getter) -> None:
         """Load."""
+        with torch.inference_mode(mode=False):  # or new state could not be stepped
+            self._load(get)
+
+    def _load(self, get: Getter) -> None:
         optimizer = self._optimizer
         before = {parameter: dict(inner) for parameter, inner in optimizer.state.items() if isinstance(inner, dict)}
         groups = [dict(group) for group in optimizer.param_groups]
@@ -148,27 +153,34 @@ class OptimizerLoad:
     def _put_right(
         self, current: dict[Any, Any], saved: Any, before: dict[Any, Any], parameter: torch.Tensor, *, hosted: bool
     ) -> None:
-        """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits."""
+        """Give each loaded value of one parameter its stored dtype, in the tensor that held it before where one fits.
+
+        What the optimizer's own code made of a value while it loaded stays.
+        """
         for key, value in saved.items() if isinstance(saved, dict) else ():
+            if key not in current:
+                continue
             if id(value) in self._homes.handed and value.device == parameter.device:
                 self._homes.handed.discard(id(value))  # made for this state; another that asks for it gets a copy
                 current[key] = value
-            elif key in current:
-                device = None if key == "step" and not hosted else parameter.device
-                current[key] = _exact(value, current[key], before.get(key), device)
+                continue
+            device = None if key == "step" and not hosted else parameter.device
+            if not self._plain and not _same(current[key], _as_torch_loads(value, key, parameter, hosted=hosted)):
+                value = current[key]
+            current[key] = _exact(value, current[key], before.get(key), device, parameter)
 
     def _saved(self, get: Getter) -> dict[str, Any]:
-        """The state dict. torch's own loader may see the restore's buffers: what it keeps of them is replaced after it."""
+        """The state dict. torch's own loader alone may see the restore's buffers: what it keeps of them is replaced after it."""
         inner, path = self._node["dict"], self._path
         copies = private(get)
-        lent = get if type(self._optimizer).load_state_dict is Optimizer.load_state_dict else copies
+        lent = get if self._plain else copies
         states = {}
         for name, node in inner["state"]["dict"].items():
             key = keys.unescape(name)
             given = lent if key in self._parameters else copies
             states[key] = unflatten(node, given, self._values, f"{path}/state/{name}")
         groups = unflatten(inner["param_groups"], copies, self._values, f"{path}/param_groups")
-        for group in groups if _is_plain(self._optimizer) else ():
+        for group in groups if self._plain else ():
             group["params"] = _Ids(group["params"])
         return {"state": states, "param_groups": groups}
 
@@ -185,15 +197,32 @@ def _compare_options(group: Mapping[str, Any], node: Any, path: str, match: "Mat
 
 def _is_plain(optimizer: Optimizer) -> bool:
     """Does nobody but torch look at the state while it is loaded?"""
+    kind = type(optimizer)
     return (
-        type(optimizer).load_state_dict is Optimizer.load_state_dict
+        (kind.__setstate__ is Optimizer.__setstate__ or kind.__setstate__.__module__.startswith("torch.optim."))
+        and type(optimizer).load_state_dict is Optimizer.load_state_dict
         and "load_state_dict" not in optimizer.__dict__
         and not optimizer._optimizer_load_state_dict_pre_hooks
         and not optimizer._optimizer_load_state_dict_post_hooks
     )
 
 
-def _exact(saved: Any, current: Any, before: Any, device: torch.device | None) -> Any:
+def _as_torch_loads(saved: Any, key: Any, parameter: torch.Tensor, *, hosted: bool) -> Any:
+    """`Optimizer._process_value_according_to_param_policy`, torch 2.13."""
+    if not isinstance(saved, torch.Tensor) or (key == "step" and not hosted):
+        return saved
+    dtype = torch.float32 if key == "step" else parameter.dtype if parameter.is_floating_point() else saved.dtype
+    return saved.to(dtype=dtype, device=parameter.device)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Not for what is no tensor: that is taken as the optimizer has it, anyway."""
+    return not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)) or bits_equal(left, right)
+
+
+def _exact(
+    saved: Any, current: Any, before: Any, device: torch.device | None, parameter: torch.Tensor | None = None
+) -> Any:
     """`current` as torch left it, with the values of `saved`. Nothing of `saved` is kept. `device` None: where torch left it."""
     if isinstance(saved, torch.Tensor):
         if not isinstance(current, torch.Tensor) or current.shape != saved.shape:
@@ -203,12 +232,19 @@ def _exact(saved: Any, current: Any, before: Any, device: torch.device | None) -
         if isinstance(before, torch.Tensor) and (before.shape, before.dtype, before.device) == fits:
             copy_exact(before, saved)
             return before
-        return saved.detach().to(place, copy=True)
+        return _new(saved, place, parameter)
     if isinstance(saved, dict) and isinstance(current, dict):
         return {key: _exact(saved.get(key), inner, None, device) for key, inner in current.items()}
     if isinstance(saved, list | tuple) and isinstance(current, list | tuple) and len(saved) == len(current):
         return type(current)(_exact(one, inner, None, device) for one, inner in zip(saved, current, strict=True))
     return current
+
+
+def _new(saved: torch.Tensor, device: torch.device, parameter: torch.Tensor | None) -> torch.Tensor:
+    """A copy that may be kept. Shaped as its parameter it gets the same strides: fused kernels walk both side by side."""
+    if parameter is None or type(parameter) not in (torch.Tensor, nn.Parameter) or parameter.shape != saved.shape:
+        return saved.detach().to(device, copy=True)
+    return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False).copy_(saved)
 
 
 def _keep_group_tensors(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:

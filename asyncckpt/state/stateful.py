@@ -35,12 +35,12 @@ class RestorePlan:
         return found
 
     def wanting(self, paths: Collection[str], real_path: Callable[[str], str]) -> set[str]:
-        """Those of `paths` for which `apply` keeps the tensor itself, if it was told so by `hand`."""
+        """Those of `paths` for which `apply` keeps a tensor that `make` made."""
         return self._homes.wanting(self._alone(paths, real_path), real_path)
 
-    def hand(self, tensor: torch.Tensor) -> None:
-        """What is returned for a path of `wanting` belongs to nobody else."""
-        self._homes.hand(tensor)
+    def make(self, path: str) -> torch.Tensor:
+        """Memory for one of `wanting`, to be filled before `apply`."""
+        return self._homes.make(path)
 
     def _alone(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, str]:
         """Those of `paths` that one group alone needs, and which."""
@@ -50,7 +50,7 @@ class RestorePlan:
         return {path: next(iter(groups)) for path in paths if len(groups := needed.get(path, set())) == 1}
 
     def apply(self, tensor: Getter, *, fill: Callable[[str], None] = lambda _: None) -> None:
-        """Copy everything into the objects. No object keeps a tensor that `tensor` returned, unless `homes` made it or `hand` gave it.
+        """Copy everything into the objects. No object keeps a tensor that `tensor` returned, unless `homes` or `make` made it.
 
         `fill(group)` is called when nothing stands in the way any more, just before a group is restored: it fills the
         group's homes, which `tensor` returns for their paths.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncckpt import errors, events, staging
+from asyncckpt import errors, events
 from asyncckpt.format import keys
 from asyncckpt.restore import restore, restore_from
 from asyncckpt.state.homes import Homes, memory_of
@@ -410,27 +410,60 @@ def test_a_failure_between_the_two_readings_says_that_the_state_is_partly_overwr
 
 
 @pytest.mark.parametrize("codec", ["planes", "none"])
-def test_what_is_fetched_for_an_optimizer_without_state_is_handed_over_and_holds_nothing_else(codec, monkeypatch):
-    fetched = []
-    fetch = staging.fetch_tensors
+def test_large_state_that_an_optimizer_does_not_have_yet_is_fetched_into_memory_of_its_own(codec, monkeypatch):
+    made = {}
+    make = Homes.make
 
-    def spy(store, index, paths, **options):
-        fetched.append(fetch(store, index, list(paths), **options))
-        return fetched[-1]
+    def spy(self, path):
+        made[path] = make(self, path)
+        return made[path]
 
-    monkeypatch.setattr(staging, "fetch_tensors", spy)
+    monkeypatch.setattr(Homes, "make", spy)
     monkeypatch.setattr(MemoryStore, "rereads", False)  # as a far store
     source, target = training(1), training(2, steps=0)
     restore(URL, target, store=stored(source, codec=codec))
-    assert contents(target) == contents(source)
-    buffered, handed = fetched
-    assert {path.partition("/")[0] for path in buffered} == {"model", "extra"}
-    assert {path.partition("/")[0] for path in handed} == {"optimizer"}
+    assert set(made) == {f"optimizer/state/{n}/{name}" for n in ("#0", "#2") for name in ("exp_avg", "exp_avg_sq")}
     slot = target["optimizer"].state[target["model"].first.weight]
-    assert slot["exp_avg"] is handed["optimizer/state/#0/exp_avg"]
+    assert slot["exp_avg"] is made["optimizer/state/#0/exp_avg"]
+    for value in slot.values():
+        assert value.untyped_storage().nbytes() == value.nbytes  # it holds nothing else
+        assert value.untyped_storage().resizable()
+    assert contents(target) == contents(source)
     target["optimizer"].step()  # it is whole: a step with it works
-    for value in [*target["model"].parameters(), target["extra"]]:
-        assert all(value.data_ptr() != other.data_ptr() for other in buffered.values())
+
+
+@pytest.mark.parametrize("rereads", [True, False])
+@pytest.mark.parametrize("codec", ["planes", "none"])
+def test_new_state_has_the_strides_of_its_parameter(codec, rereads, monkeypatch):
+    def training():
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(64, 128, 8, 8).to(memory_format=torch.channels_last))
+        return {"w": weight, "o": torch.optim.AdamW([weight], lr=0.1, fused=True)}
+
+    def step(state, seed):
+        state["w"].grad = torch.randn(64, 128, 8, 8, generator=torch.Generator().manual_seed(seed))
+        state["w"].grad = state["w"].grad.to(memory_format=torch.channels_last)
+        state["o"].step()
+
+    monkeypatch.setattr(MemoryStore, "rereads", rereads)
+    source, target = training(), training()
+    step(source, 1)
+    restore(URL, target, store=stored(source, codec=codec))
+    assert target["o"].state[target["w"]]["exp_avg"].stride() == target["w"].stride()
+    step(source, 2)
+    step(target, 2)
+    assert torch.equal(source["w"], target["w"])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_restore_in_inference_mode_leaves_an_optimizer_that_can_step(steps):
+    source, target = training(1), training(2, steps=steps)
+    with torch.inference_mode():
+        restore(URL, target, store=stored(source))
+    assert contents(target) == contents(source)
+    for parameter in target["model"].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    target["optimizer"].step()
 
 
 @pytest.mark.parametrize("codec", ["planes", "none"])

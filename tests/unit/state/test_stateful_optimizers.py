@@ -290,3 +290,54 @@ def test_moments_of_parameters_in_another_order_are_a_mismatch_where_shapes_tell
         Pocket.of(source).restore(target)
     assert snapshot([target["m"].state_dict()]) == before
     assert not target["o"].state
+
+
+class Doubling(torch.optim.AdamW):
+    """Changes what it loads, as a migration of old checkpoints does."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for slot in self.state.values():
+            slot["exp_avg"] = slot["exp_avg"] * 2
+
+
+class Renaming(torch.optim.AdamW):
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for slot in self.state.values():
+            if "exp_avg_sq" in slot:
+                slot["v"] = slot.pop("exp_avg_sq")
+
+
+def doubled(optimizer):
+    for slot in optimizer.state.values():
+        slot["exp_avg"] = slot["exp_avg"] * 2
+
+
+def in_place(optimizer):
+    for slot in optimizer.state.values():
+        slot["exp_avg"].mul_(2)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("hook", [None, doubled, in_place])
+def test_what_an_optimizers_own_code_makes_of_its_state_while_it_loads_stays(hook, steps):
+    source, target = Training("AdamW", steps=2), Training("AdamW", steps=steps)
+    if hook is None:
+        target.optimizer.__class__ = Doubling
+    else:
+        target.optimizer.register_load_state_dict_post_hook(hook)
+    Pocket.of(source.state).restore(target.state)
+    for before, after in zip(source.optimizer.state.values(), target.optimizer.state.values(), strict=True):
+        assert torch.equal(after["exp_avg"], before["exp_avg"] * 2)
+        assert torch.equal(after["exp_avg_sq"], before["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_name_that_an_optimizer_drops_while_it_loads_does_not_come_back(steps):
+    source, target = Training("AdamW", steps=2), Training("AdamW")
+    target.optimizer.__class__ = Renaming
+    Pocket.of(source.state).restore(target.state)
+    for slot in target.optimizer.state.values():
+        assert "v" in slot
+        assert "exp_avg_sq" not in slot
