@@ -35,5 +35,12 @@ class SaveRequest:
             raise TypeError(f"pin is True or False, not {self.pinned!r}")
         if not isinstance(self.metrics, Mapping) or not all(type(name) is str for name in self.metrics):
             raise TypeError(f"metrics is a dict of names to numbers, not {self.metrics!r}")
-        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
+        object.__setattr__(self, "metrics", {name: _number(name, value) for name, value in self.metrics.items()})
         object.__setattr__(self, "tags", tuple(self.tags))
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the metric {name!r} is a number, not {value!r}") from error

@@ -11,6 +11,11 @@ from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
 from asyncckpt.state.snapshot import Copy
 
+EXISTS = "the step exists already"
+_WAY_OUT = (
+    "; nothing of it is stored. If training went back on purpose, Run(url).rewind(step) removes what came later; "
+    'on_exists="raise" makes this an error'
+)
 _LOG = logging.getLogger("asyncckpt")
 
 
@@ -110,7 +115,12 @@ class Ledger:
                 self._notices.append((save, f"the save of step {save.step} failed: {type(error).__name__}: {error}"))
             elif report is not None and report.skipped:
                 self.skipped_saves += 1
-                self._notices.append((save, f"the save of step {save.step} was skipped: {report.skipped}"))
+                self._notices.append(
+                    (
+                        save,
+                        f"the save of step {save.step} was skipped: {report.skipped}{_WAY_OUT if report.skipped == EXISTS else ''}",
+                    )
+                )
             else:
                 self._failed_in_row = 0
             save._conclude(report, error)
@@ -175,7 +185,7 @@ def report_of(save: Save, copy: Copy | None, outcome: CommitOutcome) -> SaveRepo
         raw_bytes=outcome.raw_bytes,
         stored_bytes=outcome.stored_bytes,
         retries=outcome.retries,
-        skipped="the step exists already" if outcome.result == "exists" else None,
+        skipped=EXISTS if outcome.result == "exists" else None,
     )
 
 

@@ -14,6 +14,7 @@ nothing else: the row foreign_cores says how many cores other processes took mea
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -111,8 +112,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help="none: the quick set, or all with --full")
     parser.add_argument("--full", action="store_true", help="all scenarios, more systems, more rounds")
     parser.add_argument("--list", action="store_true", help="scenarios, peers and stores")
-    parser.add_argument("--size", type=float, default=1.0, metavar="FACTOR", help="on the bytes of every state")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds, or saves, of every system")
+    parser.add_argument("--size", type=_positive, default=1.0, metavar="FACTOR", help="on the bytes of every state")
+    parser.add_argument("--rounds", type=_count, metavar="N", help="rounds, or saves, of every system")
     parser.add_argument("--peers", type=_peers, metavar="A,B", help="systems, in their order")
     parser.add_argument("--loop", choices=list(loops.LOOPS), help="the main thread's work")
     parser.add_argument("--store", choices=stores.NAMES, help="where everybody saves")
@@ -126,7 +127,23 @@ def _arguments() -> argparse.Namespace:
     if unknown := set(args.scenarios) - set(scenarios.NAMES):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     args.json = args.json and args.json.absolute()
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
     return args
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
 
 
 def _peers(text: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Loading a module through its own `load_state_dict`."""
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ class ModuleLoad:
 
     def __call__(self, get: Getter) -> None:
         """Load."""
+        frozen = any(tensor.is_inference() for tensor in chain(self._module.parameters(), self._module.buffers()))
+        with torch.inference_mode() if frozen else nullcontext():  # what was made in that mode is written in no other
+            self._load(get)
+
+    def _load(self, get: Getter) -> None:
         given = private(get) if _may_keep(self._module) else get
         state: OrderedDict[str, Any] = OrderedDict((raw, given(path)) for raw, path in self._tensors)
         for raw, node, path in self._others:

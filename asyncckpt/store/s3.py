@@ -224,7 +224,9 @@ class S3Store(Store):
             while target:
                 count = body.readinto(target[:_READ_BYTES])
                 if not count:
-                    raise TransientStoreError(f"the connection ended {target.nbytes} bytes before {total}", key=key)
+                    raise TransientStoreError(
+                        f"the connection ended after {total - target.nbytes} of {total} bytes", key=key
+                    )
                 target = target[count:]
                 self._progress()
 

@@ -518,3 +518,12 @@ def test_state_that_is_tied_in_the_checkpoint_too_stays_tied_and_in_place(reread
     assert contents(target) == contents(source)
     assert target["optimizer"].state[first]["exp_avg"] is held
     assert target["optimizer"].state[first]["anchor"] is held
+
+
+@pytest.mark.parametrize("codec", ["planes", "none"])
+def test_a_module_made_in_inference_mode_is_restored_outside_of_it(codec):
+    source, target = {"m": nn.Linear(LARGE, LARGE)}, {}
+    with torch.inference_mode():
+        target["m"] = nn.Linear(LARGE, LARGE)
+    restore(URL, target, store=stored(source, codec=codec))
+    assert torch.equal(target["m"].weight, source["m"].weight)
