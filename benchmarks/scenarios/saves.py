@@ -1,11 +1,14 @@
 """Systems side by side on one state, alternating, while the main thread runs a loop. Also how time grows with the state."""
 
+import contextlib
 import gc
 import itertools
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from asyncckpt.engine.choice import SETTLING_SAVES
 from benchmarks.loops import LOOPS, Loop, Window, no_barrier, quiet
@@ -81,10 +84,10 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
                 continue
             with kept.failing():
                 opened[name] = context.open(name)
-                opened[name].peer.prepare(state)
             context.warn(name, kept.error)
             if kept.error is None:
-                with kept.failing(BitsDifferError):
+                with kept.failing(BitsDifferError), _few_descriptors():
+                    opened[name].peer.prepare(state)
                     _settle(opened[name], bench, context)
                 _begin_again_without(name, kept.error, context, spec)
         for number in range(1 - scenario.uncounted, scenario.rounds + 1):
@@ -92,7 +95,7 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
                 kept = samples[name]
                 if kept.error is not None:
                     continue
-                with kept.failing(BitsDifferError):
+                with kept.failing(BitsDifferError), _few_descriptors():
                     for _ in range(1 + AGAIN):
                         context.warm(state, 1 if scenario.loop == "idle" or number <= 0 else WINDOW_SAVES)
                         found = _round(system, bench, counted=number > 0)
@@ -123,6 +126,17 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
         )
         for name, kept in samples.items()
     ]
+
+
+@contextlib.contextmanager
+def _few_descriptors() -> Iterator[None]:
+    """A system that keeps one for each of 20,000 tensors is stopped before somebody else gets none."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    kept = len(list(Path("/proc/self/fd").iterdir())) - before
+    if kept > limit:
+        raise RuntimeError(f"it keeps {kept} descriptors open, more than a quarter of the limit of {4 * limit}")
 
 
 def _begin_again_without(name: str, error: str | None, context: Run, spec: StateSpec) -> None:

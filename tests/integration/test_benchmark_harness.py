@@ -233,10 +233,11 @@ def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path):
+@pytest.mark.parametrize("peers", ["torch_checkpointing,asyncckpt", "asyncckpt,torch_checkpointing"])
+def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path, peers):
     pytest.importorskip("torch_checkpointing")  # one descriptor a tensor; 26,668 of them here
     file, folder = tmp_path / "results.jsonl", tmp_path / "scratch"
-    options = ["--size", "0.01", "--rounds", "1", "--peers", "torch_checkpointing,asyncckpt", "--folder", str(folder)]
+    options = ["--size", "0.01", "--rounds", "1", "--peers", peers, "--folder", str(folder)]
     command = [sys.executable, "-m", "benchmarks.bench", "small", *options, "--json", str(file)]
 
     def few_descriptors() -> None:
@@ -247,6 +248,6 @@ def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     errors = {line["peer"]: line["error"] for line in map(json.loads, file.read_text().splitlines())}
-    assert "Too many open files" in errors["torch_checkpointing"]
+    assert "Too many open files" in errors["torch_checkpointing"] or "descriptors" in errors["torch_checkpointing"]
     assert errors["asyncckpt"] is None
     assert not list(folder.iterdir()), "nothing is left behind"
