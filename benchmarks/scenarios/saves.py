@@ -87,25 +87,21 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
             context.warn(name, kept.error)
             if kept.error is None:
                 with kept.failing(BitsDifferError), _few_descriptors():
-                    opened[name].peer.prepare(state)
-                    _settle(opened[name], bench, context)
+                    _begin(opened[name], bench, context)
                 _begin_again_without(name, kept.error, context, spec)
-        for number in range(1 - scenario.uncounted, scenario.rounds + 1):
+        for number in range(1, scenario.rounds + 1):
             for name, system in opened.items():
                 kept = samples[name]
                 if kept.error is not None:
                     continue
-                with kept.failing(BitsDifferError), _few_descriptors():
+                with kept.failing(BitsDifferError):
                     for _ in range(1 + AGAIN):
-                        context.warm(state, 1 if scenario.loop == "idle" or number <= 0 else WINDOW_SAVES)
-                        found = _round(system, bench, counted=number > 0)
+                        context.warm(state, 1 if scenario.loop == "idle" else WINDOW_SAVES)
+                        found = _round(system, bench, counted=True)
                         context.say(name, number, found.summary())
-                        if number > 0:
-                            kept.rounds.append(found)
-                        if number <= 0 or found.foreign_cores <= FOREIGN_CORES:
+                        kept.rounds.append(found)
+                        if found.foreign_cores <= FOREIGN_CORES:
                             break
-                if number <= 0:
-                    _begin_again_without(name, kept.error, context, spec)
                 context.warn(name, kept.error)
     except MemoryError as error:
         for kept in samples.values():
@@ -161,6 +157,15 @@ class _Bench:
     loop: Loop
     verifier: Verifier | None
     steps: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
+def _begin(system: System, bench: _Bench, context: Run) -> None:
+    """All that is not counted, of one system before the next is opened: who fails, or hoards descriptors, is this one."""
+    system.peer.prepare(bench.state)
+    _settle(system, bench, context)
+    for number in range(1 - context.scenario.uncounted, 1):
+        context.warm(bench.state)
+        context.say(system.peer.name, number, _round(system, bench, counted=False).summary())
 
 
 def _settle(system: System, bench: _Bench, context: Run) -> None:
