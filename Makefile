@@ -49,7 +49,7 @@ test-bench: tools $(INSTALLED) ## the benchmarks' own tests: stores, peers, harn
 demo: $(INSTALLED) ## kill a training run in the middle, resume it from S3, compare every loss bit for bit
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-bench: $(INSTALLED) ## compare with other ways to save, in about six minutes; BENCH_ARGS="--help" tells more
+bench: $(INSTALLED) ## compare with other ways to save, in five and a half minutes; BENCH_ARGS="--help" tells more
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 
 bench-full: $(INSTALLED) ## every scenario, more systems and rounds: an hour; the packages of the extra `bench` join if installed

@@ -1,6 +1,6 @@
 """Checkpoints side by side: one state, one store, one run.
 
-    python -m benchmarks.bench                                    # the quick set, about six minutes on two cores
+    python -m benchmarks.bench                                    # the quick set, five and a half minutes on two cores
     python -m benchmarks.bench --full --json results.jsonl        # everything; keep the figures
     python -m benchmarks.bench python --loop torch --rounds 5     # one scenario, another main thread
     python -m benchmarks.bench idle --peers asyncckpt,dcp-process,torch.save --store disk
