@@ -40,7 +40,10 @@ from typing import Any, Self
 
 
 class CheckpointError(Exception):
-    """Base of all errors. `step`: optimizer steps completed; `key`: object key or tensor path; `attempt`: writer."""
+    """Base of all errors. `step`: optimizer steps completed; `key`: object key or tensor path; `attempt`: writer.
+
+    `overwritten`: a restore had begun to change the state when it failed, and the message says so.
+    """
 
     def __init__(
         self, message: str, *, step: int | None = None, key: str | None = None, attempt: str | None = None
@@ -50,6 +53,7 @@ class CheckpointError(Exception):
         self.step = step
         self.key = key
         self.attempt = attempt
+        self.overwritten = False
 
     def __str__(self) -> str:
         facts = [

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 
 import torch
 
@@ -17,8 +16,6 @@ from asyncckpt.state.stateful import RestorePlan
 from asyncckpt.state.threads import within_idle_cores
 from asyncckpt.store.base import Store
 
-NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
-
 
 def fetch_tensors(
     store: Store,
@@ -27,12 +24,12 @@ def fetch_tensors(
     *,
     progress: Progress | None = None,
     map_location: str | torch.device = "cpu",
-    own: Mapping[str, torch.Tensor] = NONE,
+    own: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Verified tensors by path, views of one block of memory but for those of `own`, which are filled; tied ones are one object."""
-    places = {path: memory_of(tensor) for path, tensor in own.items()}
+    made = dict(own or {})
+    places = {path: memory_of(tensor) for path, tensor in made.items()}
     fetched = fetch(store, index, paths, places=places, progress=progress)
-    made = dict(own)
     found = {}
     for path, data in fetched.tensors.items():
         target = index.aliases.get(path, path)
@@ -96,7 +93,7 @@ class _Bringing:
     def _fetch(self, paths: Iterable[str], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         def progress(done_bytes: int, _: int) -> None:
             self._halves_done = 2 * done_bytes
-            self._shown(self._halves_done // 2, self._total_bytes)
+            self._shown(done_bytes, self._total_bytes)
 
         return fetch_tensors(self._store, self._index, paths, progress=progress, own=own)
 
@@ -120,6 +117,7 @@ class _Bringing:
                 fill(self._store, self._index, places, progress=progress)
         except errors.CheckpointError as error:
             error.message += "; the state is partly overwritten: restore again, or start anew"
+            error.overwritten = True
             if strict:
                 raise  # an older checkpoint has every name too, so falling back overwrites all of it
             raise errors.CheckpointError(error.message, key=error.key) from error

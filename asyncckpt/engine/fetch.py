@@ -8,7 +8,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from asyncckpt import errors
 from asyncckpt.engine.cores import usable_cores
@@ -23,7 +22,6 @@ from asyncckpt.store.base import Store
 REMOTE_THREADS = 32
 """Connections side by side: one brings 90 MB/s from S3, and each request first waits some 30 ms."""
 
-NOWHERE: Mapping[str, memoryview] = MappingProxyType({})
 Progress = Callable[[int, int], None]
 """Called on the calling thread, about ten times a second, with plain bytes done and in total."""
 Provider = Callable[[int], memoryview]
@@ -44,7 +42,7 @@ def fetch(
     paths: Iterable[str],
     *,
     into: Provider | None = None,
-    places: Mapping[str, memoryview] = NOWHERE,
+    places: Mapping[str, memoryview] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Fetched:
@@ -55,6 +53,7 @@ def fetch(
     Raises `MissingShardError`, `DigestMismatchError` or `CorruptCheckpointError` with the shard's key.
     """
     names = list(dict.fromkeys(paths))
+    places = places or {}
     plan = plan_fetch(index, names, places)
     target = _Target(
         (into or anonymous_map)(plan.target_bytes), {plan.tensors[path][0]: places[path] for path in places}

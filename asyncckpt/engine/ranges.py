@@ -211,9 +211,8 @@ def _follows(before: Block, block: Block) -> bool:
 def _merge(key: str, blocks: Iterable[Block]) -> Iterator[Request]:
     waiting: list[Block] = []
     start = end = 0
-    large = direct = (
-        False  # of those that wait: has one its own request at most times; are all read straight into the target?
-    )
+    large = False  # waits one that is read alone, unless others join its run?
+    direct = False  # are all that wait one run, read straight into the target?
     for block in blocks:
         far = block.stored_offset - end > GAP_BYTES or block.stored_offset + block.stored_bytes - start > REQUEST_BYTES
         is_large = block.plane_bytes == 0 and block.stored_bytes >= _DIRECT_BYTES

@@ -62,8 +62,12 @@ def _read_again(store: Store, step: int, read: Callable[[int], Result]) -> Resul
         with reading(store, step):
             return read(step)
     except errors.CorruptCheckpointError as error:
+        if error.overwritten or not first.overwritten:
+            raise
         _forget_locals(error)
-    raise first  # which may say that the state is partly overwritten
+        raise first from None  # or nobody is told that the state is partly overwritten
+    finally:
+        del first  # its traceback leads here
 
 
 @contextmanager

@@ -46,9 +46,10 @@ class IndexBuilder:
             raise ValueError(f"{len(digests)} bytes of digests for {self.plan.chunk_count} chunks")
         shards = _dumps(_shard_rows(self.plan, receipts, folder))
         digits = digests.hex()
-        between = (digits[_DIGITS * number : _DIGITS * (number + 1)] for number in self._numbers)
-        tensors = "".join(chain.from_iterable(zip(self._texts, between, strict=False)))  # one more text than digests
-        return f'{self._head[:-1]},"shards":{shards},"tensors":[\n{tensors}{self._texts[-1]}\n]}}'.encode("ascii")
+        texts, numbers = self._rows
+        between = (digits[_DIGITS * number : _DIGITS * (number + 1)] for number in numbers)
+        tensors = "".join(chain.from_iterable(zip(texts, between, strict=False)))  # one more text than digests
+        return f'{self._head[:-1]},"shards":{shards},"tensors":[\n{tensors}{texts[-1]}\n]}}'.encode("ascii")
 
     @cached_property
     def _head(self) -> str:
@@ -79,14 +80,6 @@ class IndexBuilder:
                 text = '"],'
             text = text.removesuffix(",") + "]],\n"
         return [*texts, text.removesuffix(",\n")], numbers
-
-    @property
-    def _texts(self) -> list[str]:
-        return self._rows[0]
-
-    @property
-    def _numbers(self) -> list[int]:
-        return self._rows[1]
 
 
 def _shard_rows(plan: Plan, receipts: Sequence[Receipt], folder: str) -> list[dict[str, Any]]:

@@ -165,7 +165,7 @@ class OptimizerLoad:
                 current[key] = value
                 continue
             device = None if key == "step" and not hosted else parameter.device
-            if not self._plain and not _same(current[key], _as_torch_loads(value, key, parameter, hosted=hosted)):
+            if not self._plain and _differ(current[key], _as_torch_loads(value, key, parameter, hosted=hosted)):
                 value = current[key]
             current[key] = _exact(value, current[key], before.get(key), device, parameter)
 
@@ -215,9 +215,9 @@ def _as_torch_loads(saved: Any, key: Any, parameter: torch.Tensor, *, hosted: bo
     return saved.to(dtype=dtype, device=parameter.device)
 
 
-def _same(left: Any, right: Any) -> bool:
-    """Not for what is no tensor: that is taken as the optimizer has it, anyway."""
-    return not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)) or bits_equal(left, right)
+def _differ(left: Any, right: Any) -> bool:
+    """Are these two tensors with other bits? What is no tensor is taken as the optimizer has it, anyway."""
+    return isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and not bits_equal(left, right)
 
 
 def _exact(

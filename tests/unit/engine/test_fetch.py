@@ -103,6 +103,27 @@ def test_large_tensors_of_codec_none_are_read_without_a_copy():
     assert all(request.direct for request in plan_fetch(index, ["m/t"]).requests)
 
 
+def test_neighbours_of_codec_none_travel_in_one_request_and_are_read_without_a_copy():
+    state = {f"t{n:02}": torch.randn(600_000) for n in range(30)}  # 2.4 MB each: three to a request
+    store, expected, index = written(state, codec="none", shard_bytes=2**30)
+    plan = plan_fetch(index, reversed(list(expected)))
+    assert len(plan.requests) == 10
+    assert all(request.direct for request in plan.requests)
+    fetched = fetch(store, index, expected)
+    assert {name: bytes(view) for name, view in fetched.tensors.items()} == expected
+    assert store.gets["get_into"] == 10
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_some_tensors_may_have_places_of_their_own(codec):
+    store, expected, index = written(mixed_state(), codec=codec, shard_bytes=8 * 2**20)
+    own = ["m/cut", "m/large", "m/small7", "m/scalar"]
+    places = {name: memoryview(bytearray(len(expected[name]))) for name in own}
+    fetched = fetch(store, index, expected, places=places)
+    assert {name: bytes(view) for name, view in fetched.tensors.items()} == expected
+    assert {name: bytes(place) for name, place in places.items()} == {name: expected[name] for name in own}
+
+
 def test_tied_names_share_one_view_and_one_read():
     shared = torch.randn(50_000)
     store, _, index = written({"a": shared, "b": shared})

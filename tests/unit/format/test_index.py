@@ -287,6 +287,21 @@ def test_a_receipt_that_does_not_fit_raises():
         IndexBuilder(layout).build([good], bytes(31), FOLDER)
 
 
+def test_each_index_of_a_builder_has_its_own_digests_and_shards():
+    layout = plan(structure_of({"m": {"w": ("bool", ()), "v": ("bool", (3,))}}))
+    shard = layout.shards[0]
+    builder = IndexBuilder(layout)
+    for number, stored_bytes in ((1, 5), (2, 6)):
+        receipt = Receipt(
+            0, FOLDER + shard.name, shard.raw_bytes, stored_bytes, ((0, shard.raw_bytes, 0, stored_bytes),)
+        )
+        digests = bytes([number]) * 32 + bytes([number + 10]) * 32
+        index = parse(builder.build([receipt], digests, FOLDER))
+        found = {chunk.digest for tensor in index.tensors.values() for chunk in tensor.chunks}
+        assert found == {digests[:32], digests[32:]}
+        assert index.shards[0].stored_bytes == stored_bytes
+
+
 def test_a_shard_of_an_earlier_step_may_be_named():
     layout = plan(structure_of({"m": {"w": ("bool", ())}}))
     shard = layout.shards[0]
