@@ -13,7 +13,8 @@ from pathlib import Path
 
 from asyncckpt.errors import LocalIOError, ObjectNotFoundError, ResourceLimitError, StoreError
 from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, byte_views, check_key, is_key
-from asyncckpt.store.posix import ABSENT, mapped, read, sync_folder, translated, umask, unlink, write
+from asyncckpt.store.direct import NewFile, gains
+from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
 
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
 _UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
@@ -38,17 +39,18 @@ class LocalStore(Store):
         self._file_mode = 0o666 & ~umask()
         self._synced: set[Path] = set()
         self._swept = False
+        self._direct: bool | None = None  # not known before the folder is there
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
         path = self._path(key)
         with translated("put", key):
-            temporary, descriptor = self._open_temporary()
+            temporary, file = self._open_temporary()
             try:
                 try:
-                    write(descriptor, byte_views(data), 0, self._progress)
-                    os.fsync(descriptor)
+                    file.write(byte_views(data), 0, self._progress)
+                    file.sync()
                 finally:
-                    os.close(descriptor)
+                    file.close()
                 self._publish(temporary, path, if_absent=if_absent)
             finally:
                 unlink(temporary)
@@ -56,8 +58,8 @@ class LocalStore(Store):
     def start_upload(self, key: str) -> "LocalUpload":
         path = self._path(key)
         with translated("start_upload", key):
-            temporary, descriptor = self._open_temporary()
-        return LocalUpload(self, key, path, temporary, descriptor)
+            temporary, file = self._open_temporary()
+        return LocalUpload(self, key, path, temporary, file)
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         with self._opened("get", key) as descriptor:
@@ -137,7 +139,7 @@ class LocalStore(Store):
             elif next(self._walk(key, "", delimiter=False), None):  # an empty folder is no prefix
                 yield Entry(key)
 
-    def _open_temporary(self) -> tuple[Path, int]:
+    def _open_temporary(self) -> tuple[Path, NewFile]:
         folder = self._root / _UNFINISHED
         if not self._swept:
             self._swept = True
@@ -145,7 +147,9 @@ class LocalStore(Store):
         path = folder / secrets.token_hex(16)
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):
-                return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+                if self._direct is None:
+                    self._direct = gains(folder)
+                return path, NewFile(path, direct=self._direct)
             self._make_folder(folder)
         raise LocalIOError(f"the folder {folder} vanishes as often as it is made")
 
@@ -156,7 +160,7 @@ class LocalStore(Store):
             self._make_folder(path.parent)
             with suppress(FileNotFoundError):
                 if if_absent:
-                    _link(temporary, path)
+                    link(temporary, path)
                 else:
                     temporary.replace(path)
                 break
@@ -215,12 +219,12 @@ class LocalStore(Store):
 class LocalUpload(Upload):
     """One temporary file that parts are written into, in any order."""
 
-    def __init__(self, store: LocalStore, key: str, path: Path, temporary: Path, descriptor: int) -> None:
+    def __init__(self, store: LocalStore, key: str, path: Path, temporary: Path, file: NewFile) -> None:
         self._store = store
         self._key = key
         self._path = path
         self._temporary = temporary
-        self._descriptor = descriptor
+        self._file = file
         self._idle = threading.Condition()
         self._writes = 0
         self._written_bytes = 0
@@ -233,9 +237,9 @@ class LocalUpload(Upload):
             self._writes += 1
         try:
             with translated("write", self._key):
-                write(self._descriptor, views := byte_views(data), offset, self._store._progress)
+                self._file.write(views := byte_views(data), offset, self._store._progress)
                 if self._is_due(sum(view.nbytes for view in views)):
-                    os.fdatasync(self._descriptor)
+                    self._file.sync(data_only=True)
                     self._store._progress()
         finally:
             with self._idle:
@@ -263,7 +267,7 @@ class LocalUpload(Upload):
         unlink(self._temporary)
 
     def _close(self, *, sync: bool) -> bool:
-        """Close after the last write: a descriptor closed under a write could be another file's by then.
+        """Close after the last write: a descriptor closed under one could be another file's by then.
 
         False if it is closed already.
         """
@@ -274,9 +278,9 @@ class LocalUpload(Upload):
             self._idle.wait_for(lambda: self._writes == 0)
         try:
             if sync:
-                os.fsync(self._descriptor)
+                self._file.sync()
         finally:
-            os.close(self._descriptor)
+            self._file.close()
         return True
 
 
@@ -288,13 +292,3 @@ def _sweep(folder: Path) -> None:
                 with suppress(OSError):
                     if time.time() - line.stat(follow_symlinks=False).st_mtime > _ABANDONED_S:
                         unlink(Path(line.path))
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Link, not rename: it refuses a name that is taken."""
-    try:
-        os.link(temporary, path, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}:
-            raise LocalIOError(f"a commit needs a filesystem with hard links, and {path.parent} has none") from error
-        raise

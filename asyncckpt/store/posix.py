@@ -71,6 +71,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def link(temporary: Path, path: Path) -> None:
+    """Link, not rename: it refuses a name that is taken."""
+    try:
+        os.link(temporary, path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise LocalIOError(f"a commit needs a filesystem with hard links, and {path.parent} has none") from error
+        raise
+
+
 def unlink(path: Path) -> None:
     """Remove a temporary file if it is there; a failure is no reason to fail what it was for."""
     with suppress(OSError):
