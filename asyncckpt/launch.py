@@ -17,15 +17,17 @@ import asyncckpt
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena, ArenaPool
 from asyncckpt.engine.choice import CodecChoice
-from asyncckpt.engine.client import Listener, ServiceEngine
+from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
+from asyncckpt.engine.submitted import Listener
 from asyncckpt.format.plan import Plan
 from asyncckpt.planner import Planned, Planner, room_bytes
 from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save, report_of
+from asyncckpt.state.in_flight import Copy
 from asyncckpt.state.ranks import world_size
-from asyncckpt.state.snapshot import Copier, Copy
+from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
 
@@ -39,6 +41,7 @@ class _Flight:
     arena: Arena
     planned: Planned
     request: SaveRequest
+    job: SaveJob
     copy: Copy | None = None
 
 
@@ -89,13 +92,15 @@ class Launcher:
         save = self._ledger.open(request.step, started_s)
         try:
             engine = self._engine_started()
-            flight = self._flights[save._number] = _Flight(save, arena, planned, request)
+            job = self._job(save, request, planned, arena)
+            flight = self._flights[save._number] = _Flight(save, arena, planned, request, job)
             self._copier.copy(
                 flat,
                 planned.plan,
                 arena,
                 overlap=flat.has_optimizer if self.overlap is None else self.overlap,
                 started_s=started_s,
+                begins=lambda: engine.announce(job, planned.plan, arena),
                 then=lambda copy: self._staged(flight, flat, engine, copy),
             )
         except BaseException as error:
@@ -158,7 +163,7 @@ class Launcher:
             self._probed = self._probed or outcome.result == "committed"
             report = report_of(flight.save, flight.copy, outcome)
             if outcome.result == "committed":
-                since_s = max(flight.save._started_s + report.staged_s, self._ended_s)
+                since_s = max(flight.save._started_s, self._ended_s)
                 self._choice.learn(flight.planned.plan.codec, report.raw_bytes, time.perf_counter() - since_s)
         elif _blames_codec(flight, error):
             self._choice.failed(flight.planned.plan.codec)
@@ -181,10 +186,11 @@ class Launcher:
                 self.overlap = (
                     False  # somebody writes behind the optimizer: from now on save() returns with the copy complete
                 )
-            self.ended(number, None, copy.error)
+            flight.save._torn(copy.error)
+            engine.withdraw(number, copy.error)
             return
         try:
-            engine.submit(self._job(flight), flight.planned.plan, flight.arena, write_state(flat.values))
+            engine.submit(flight.job, flight.planned.plan, flight.arena, write_state(flat.values))
         except errors.CheckpointError as error:
             self.ended(number, None, error)
             return
@@ -211,10 +217,9 @@ class Launcher:
     def _next_attempt(self) -> str:
         return f"{self._run_id}-{next(self._attempts):06d}"
 
-    def _job(self, flight: _Flight) -> SaveJob:
-        request, planned, arena = flight.request, flight.planned, flight.arena
+    def _job(self, save: Save, request: SaveRequest, planned: Planned, arena: Arena) -> SaveJob:
         return SaveJob(
-            number=flight.save._number,
+            number=save._number,
             step=request.step,
             attempt=self._next_attempt(),
             structure=planned.number,

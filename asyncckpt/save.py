@@ -9,7 +9,7 @@ import warnings
 from asyncckpt.engine.job import CommitOutcome
 from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
-from asyncckpt.state.snapshot import Copy
+from asyncckpt.state.in_flight import Copy
 
 EXISTS = "the step exists already"
 _WAY_OUT = (
@@ -64,6 +64,11 @@ class Save:
         if isinstance(self._error, SnapshotError):
             self._delivered = True
             raise self._error
+
+    def _torn(self, error: SnapshotError) -> None:
+        """The snapshot failed; the answer follows when nothing reads the arena any more."""
+        self._error = error.at(step=self.step)
+        self._staged.set()
 
     def _conclude(self, report: SaveReport | None, error: BaseException | None) -> None:
         if isinstance(error, CheckpointError):

@@ -15,10 +15,11 @@ from typing import Any, Self
 from asyncckpt import errors, events, progress
 from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.choice import CodecChoice, usual_codec
-from asyncckpt.engine.client import Listener, ServiceEngine
+from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
+from asyncckpt.engine.submitted import Listener
 from asyncckpt.events import SaveReport
 from asyncckpt.format.record import check_config
 from asyncckpt.launch import Launcher

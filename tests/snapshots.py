@@ -10,7 +10,8 @@ import torch
 from asyncckpt.engine.arena import Arena
 from asyncckpt.errors import TornSnapshotError
 from asyncckpt.format.plan import plan
-from asyncckpt.state.snapshot import Copier, Copy
+from asyncckpt.state.in_flight import Copy
+from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.tree import Flattener
 
 PATIENCE_S = 30.0  # for events that come at once unless something hangs
@@ -34,11 +35,17 @@ class Rig:
         self.expected: dict[str, bytes] = {}
         self.then: list[Copy] = []
 
-    def save(self, *, overlap: bool = True) -> Copy:
+    def save(self, *, overlap: bool = True, begins: Callable[[], None] | None = None) -> Copy:
         self.flat = self._flattener.flatten(self.state)
         self.expected = {self.flat.structure.path(i): raw(tensor) for i, tensor in enumerate(self.flat.tensors)}
         return self.copier.copy(
-            self.flat, self.plan, self.arena, overlap=overlap, started_s=time.perf_counter(), then=self.then.append
+            self.flat,
+            self.plan,
+            self.arena,
+            overlap=overlap,
+            started_s=time.perf_counter(),
+            then=self.then.append,
+            begins=begins,
         )
 
     def stored(self) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 import threading
 
 _MADV_HUGEPAGE = 14
@@ -18,6 +19,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _MAP_FIXED = 0x10
+_COUNTER_BYTES = 8
 
 
 def has_memory_files() -> bool:
@@ -26,18 +28,23 @@ def has_memory_files() -> bool:
 
 
 class Arena:
-    """`buffer`: the map, `address`: where it begins, `fd`: the memory file or None (an anonymous map)."""
+    """`buffer`: the map, `address`: where it begins, `fd`: the memory file or None (an anonymous map).
+
+    Behind its `bytes` stands a counter, an int64 of the machine's byte order: how many shards a copy that is under way has filled.
+    """
 
     def __init__(self, number: int, size_bytes: int, fd: int | None) -> None:
         self.number = number
         self.bytes = size_bytes
         self.fd = fd
-        self.buffer = mmap.mmap(-1, size_bytes)
+        self.counter_offset = _counter_offset(size_bytes)
+        mapped_bytes = self.counter_offset + _COUNTER_BYTES
+        self.buffer = mmap.mmap(-1, mapped_bytes)
         anchor = ctypes.c_char.from_buffer(self.buffer)
         self.address = ctypes.addressof(anchor)
         del anchor
         if fd is not None:
-            _map_over(self.address, size_bytes, fd)
+            _map_over(self.address, mapped_bytes, fd)
         self._touched = threading.Lock()
         self._closed = False
         _libc.madvise(self.address, size_bytes, _MADV_HUGEPAGE)
@@ -50,7 +57,7 @@ class Arena:
             fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
         try:
             if fd is not None:
-                os.ftruncate(fd, size_bytes)
+                os.ftruncate(fd, _counter_offset(size_bytes) + _COUNTER_BYTES)
             arena = cls(number, size_bytes, fd)
         except BaseException:
             if fd is not None:
@@ -70,6 +77,10 @@ class Arena:
                 if _libc.madvise(self.address + offset, length, _MADV_POPULATE_WRITE) != 0:
                     return  # an old kernel: the first save touches the pages
 
+    def reset_counter(self) -> None:
+        """Nothing is filled."""
+        self.buffer[self.counter_offset : self.counter_offset + _COUNTER_BYTES] = bytes(_COUNTER_BYTES)
+
     def leave_in_child(self) -> None:
         """In a forked child: the map is not there, and unmapping its addresses would free somebody else's memory."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
@@ -87,6 +98,15 @@ class Arena:
                 os.close(self.fd)
                 self.fd = None
             self.buffer.close()
+
+
+def read_counter(fd: int, size_bytes: int) -> int:
+    """The counter of an arena of `size_bytes`, from its memory file."""
+    return int.from_bytes(os.pread(fd, _COUNTER_BYTES, _counter_offset(size_bytes)), sys.byteorder)
+
+
+def _counter_offset(size_bytes: int) -> int:
+    return -(-size_bytes // _COUNTER_BYTES) * _COUNTER_BYTES
 
 
 def _map_over(address: int, size_bytes: int, fd: int) -> None:

@@ -63,7 +63,7 @@ class CodecChoice:
         return slower if self._saves >= self._period else self._best
 
     def learn(self, codec: StoredCodec, raw_bytes: int, seconds: float) -> None:
-        """A save is committed, `seconds` after its snapshot was complete and nothing was before it in the queue."""
+        """A save is committed, `seconds` after its snapshot began and nothing was before it in the queue."""
         if self._fixed is not None or raw_bytes < MIN_BYTES:
             return
         if not self._warm:

@@ -3,41 +3,24 @@
 import contextlib
 import json
 import logging
+import queue
 import select
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
+from asyncckpt.engine.submitted import Listener, Submitted
 from asyncckpt.engine.wire import memory_file
-from asyncckpt.format.plan import Plan, Structure
+from asyncckpt.format.plan import Plan
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
-
-
-class Listener(Protocol):
-    """Hears what became of the saves, on the engine's thread."""
-
-    def ended(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
-        """A save has its answer."""
-
-    def event(self, event: events.Event) -> None:
-        """Something worth knowing happened."""
-
-
-@dataclass(slots=True)
-class _Submitted:
-    job: SaveJob
-    shards: int
-    structure: Structure
-    arena: Arena
-    state: bytes
 
 
 class ServiceEngine:
@@ -48,9 +31,11 @@ class ServiceEngine:
         self._listener = listener
         self._next_attempt = next_attempt
         self._lock = threading.RLock()
-        self._submitted: dict[int, _Submitted] = {}
+        self._submitted: dict[int, Submitted] = {}
         self._told_structures: set[int] = set()
         self._told_arenas: set[int] = set()
+        self._unsent: set[int] = set()  # announcements that nobody has sent yet
+        self._announcements: queue.SimpleQueue[tuple[SaveJob, Plan, Arena] | None] = queue.SimpleQueue()
         self._deaths = 0
         self._closing = False
         self._parted = False
@@ -59,6 +44,8 @@ class ServiceEngine:
         self._service = ServiceProcess(options)
         self._thread = threading.Thread(target=self._listen, name="asyncckpt-listener", daemon=True)
         self._thread.start()
+        self._announcer = threading.Thread(target=self._announce_all, name="asyncckpt-announcer", daemon=True)
+        self._announcer.start()
 
     @property
     def pid(self) -> int:
@@ -70,24 +57,35 @@ class ServiceEngine:
         """Whether it gave up: every save fails from now on."""
         return self._broken is not None
 
+    def announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
+        """Say that this save's snapshot begins now: shards are stored as the arena's counter says that they are filled.
+
+        Never waits, and is not sure to happen. `submit` or `withdraw` must follow; the save has its answer only then.
+        """
+        self._unsent.add(job.number)
+        self._announcements.put((job, plan, arena))
+
     def submit(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
         """Hand one staged save over. It goes on if this process is killed."""
-        save = _Submitted(job, len(plan.shards), plan.structure, arena, state)
         with self._lock:
-            if self._broken is not None:
-                raise errors.WorkerDiedError(self._broken)
-            self._submitted[job.number] = save
-            self._heard_s = time.monotonic()
-            try:
-                self._send(save)
-            except ConnectionError:
-                _LOG.debug("the service is gone; the listener starts another and submits again")
-            except Exception:
-                del self._submitted[job.number]
-                raise
-            except BaseException:
-                self._service.kill()  # Ctrl-C may have cut a message; the listener starts another and submits again
-                raise
+            self._unsent.discard(job.number)
+            save = self._submitted.get(job.number) or Submitted(job, len(plan.shards), plan.structure, arena)
+            save.state = state
+            if save.answer is None:
+                self._submit(save)
+        if save.answer is not None:
+            self._answered(job.number, *save.answer)
+
+    def withdraw(self, number: int, error: BaseException) -> None:
+        """A snapshot that was announced failed: forget the save, remove what is stored of it, and let this error be its answer."""
+        with self._lock:
+            self._unsent.discard(number)
+            save = self._submitted.get(number)
+            if save is not None and save.answer is None:
+                self._withdraw(save, error)
+                return
+            self._submitted.pop(number, None)
+        self._listener.ended(number, None, error)
 
     def holds(self, number: int) -> bool:
         """Whether this save was handed over and has no answer yet."""
@@ -103,6 +101,8 @@ class ServiceEngine:
 
     def close(self, *, wait: bool = True) -> None:
         """End the service. Saves that were handed over are finished first, also when this does not `wait` for them."""
+        self._announcements.put(None)
+        self._announcer.join()
         with self._lock:
             self._closing = True
             self._heard_s = time.monotonic()
@@ -111,12 +111,35 @@ class ServiceEngine:
         self._service.part(self._options.silent_s if wait else 0)
 
     def close_in_child(self) -> None:
-        """In a forked child: let go of the descriptors, touch nothing else."""
+        """In a forked child: let go of the descriptors, no more."""
         self._service.leave_in_child()
 
     # -- sending
 
-    def _send(self, save: _Submitted) -> None:
+    def _submit(self, save: Submitted) -> None:
+        if self._broken is not None:
+            raise errors.WorkerDiedError(self._broken)
+        self._submitted[save.job.number] = save
+        self._heard_s = time.monotonic()
+        try:
+            self._send(save)
+        except ConnectionError:
+            _LOG.debug("the service is gone; the listener starts another and submits again")
+        except Exception as error:
+            if not save.told:
+                del self._submitted[save.job.number]
+                raise
+            self._withdraw(save, errors.CheckpointError(f"the save could not be handed over: {error!r}"))
+        except BaseException:
+            self._service.kill()  # Ctrl-C may have cut a message; the listener starts another and submits again
+            raise
+
+    def _withdraw(self, save: Submitted, error: BaseException) -> None:
+        save.withdrawn = error
+        with contextlib.suppress(ConnectionError):  # the listener starts another, which will not hear of this save
+            self._service.channel.send({"op": "withdraw", "save": save.job.number})
+
+    def _send(self, save: Submitted) -> None:
         job, service = save.job, self._service
         if job.structure not in self._told_structures:
             data = json.dumps(save.structure.to_json()).encode()
@@ -127,8 +150,30 @@ class ServiceEngine:
             assert save.arena.fd is not None
             service.channel.send({"op": "arena", "arena": job.arena, "bytes": save.arena.bytes}, [save.arena.fd])
             self._told_arenas.add(job.arena)
-        fd = memory_file("asyncckpt-state", save.state)
-        service.send_fd({"op": "save", "job": job.to_json(), "shards": save.shards}, fd)
+        message = {"op": "save", "job": job.to_json(), "shards": save.shards}
+        if save.state is None:
+            service.channel.send(message)
+        else:
+            fd = memory_file("asyncckpt-state", save.state)
+            service.send_fd({"op": "staged", "save": job.number} if save.told else message, fd)
+        save.told = True
+
+    def _announce_all(self) -> None:
+        """On a thread of its own: beside a busy main thread the copy thread would wait for the GIL after each system call."""
+        for job, plan, arena in iter(self._announcements.get, None):
+            save = Submitted(job, len(plan.shards), plan.structure, arena)
+            with self._lock:
+                if job.number not in self._unsent or self._broken is not None:
+                    continue  # its snapshot is complete already, or nobody would store it
+                self._unsent.discard(job.number)
+                self._submitted[job.number] = save
+                try:
+                    self._send(save)
+                except ConnectionError:
+                    _LOG.debug("the service is gone; the listener starts another and announces again")
+                except OSError as error:  # no descriptor is free: `submit` tries again, and says so
+                    _LOG.debug("a snapshot could not be announced: %s", error)
+                    del self._submitted[job.number]
 
     def _forget(self, kind: str, number: int, told: set[int]) -> None:
         with self._lock:
@@ -175,11 +220,9 @@ class ServiceEngine:
         kind = message["op"]
         if kind == "ended":
             self._deaths = 0
-            with self._lock:
-                self._submitted.pop(message["job"], None)
             outcome = CommitOutcome.from_json(message["outcome"]) if "outcome" in message else None
             error = errors.from_json(message["error"]) if "error" in message else None
-            self._listener.ended(message["job"], outcome, error)
+            self._answered(message["job"], outcome, error)
         elif kind == "stored":
             self._listener.event(events.ShardStored(**message["data"]))
         elif kind == "retried":
@@ -190,6 +233,19 @@ class ServiceEngine:
             self._parted = True
         elif kind == "removed":
             self._listener.event(events.CheckpointsRemoved(tuple(message["steps"])))
+
+    def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
+        with self._lock:
+            save = self._submitted.get(number)
+            if save is None:
+                return
+            if save.copying:  # the arena is being written: whoever waits for it must go on waiting
+                save.answer = (outcome, error)
+                return
+            del self._submitted[number]
+        if save.withdrawn is not None:
+            outcome, error = None, save.withdrawn
+        self._listener.ended(number, outcome, error)
 
     def _restart(self) -> bool:
         """The service is gone: start another and submit again what had no answer. False if that was the end."""
@@ -208,6 +264,8 @@ class ServiceEngine:
         if count < 0:
             self._fail_all()
             return False
+        for number in [number for number, save in self._submitted.items() if save.withdrawn is not None]:
+            self._answered(number, None, None)  # the new service does not know them
         _LOG.warning("the checkpoint service died (%s); another was started, %d save(s) submitted again", reason, count)
         self._listener.event(events.ServiceRestarted(count))
         return True
@@ -217,6 +275,9 @@ class ServiceEngine:
         self._told_arenas.clear()
         self._heard_s = time.monotonic()
         for save in self._submitted.values():
+            save.told = False
+            if save.answer is not None or save.withdrawn is not None:
+                continue
             earlier = (*save.job.earlier_attempts, save.job.attempt)
             save.job = replace(save.job, attempt=self._next_attempt(), earlier_attempts=earlier)
             with contextlib.suppress(ConnectionError):
@@ -226,6 +287,6 @@ class ServiceEngine:
 
     def _fail_all(self) -> None:
         with self._lock:
-            failed, self._submitted = self._submitted, {}
+            failed = list(self._submitted)
         for number in failed:
-            self._listener.ended(number, None, errors.WorkerDiedError(self._broken or "the checkpoint service is lost"))
+            self._answered(number, None, errors.WorkerDiedError(self._broken or "the checkpoint service is lost"))

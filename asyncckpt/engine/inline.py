@@ -13,10 +13,10 @@ from typing import Any
 
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
-from asyncckpt.engine.client import Listener
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import Pipeline
 from asyncckpt.engine.schedule import Ended, Schedule, Task
+from asyncckpt.engine.submitted import Listener
 from asyncckpt.engine.worker import TaskRunner
 from asyncckpt.format.plan import Plan
 from asyncckpt.options import KeepRule
@@ -49,6 +49,13 @@ class InlineEngine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
         self._thread.start()
+
+    def announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
+        """Nothing is done ahead: threads of the trainer's own would only slow the copy down."""
+
+    def withdraw(self, number: int, error: BaseException) -> None:
+        """A snapshot failed: this is the save's answer."""
+        self._listener.ended(number, None, error)
 
     def submit(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
         """Hand one staged save over."""

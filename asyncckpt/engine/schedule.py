@@ -29,10 +29,12 @@ class Task:
 
 @dataclass(slots=True, eq=False)
 class JobRun:
-    """A save on its way."""
+    """A save on its way. `filled`: so many of its shards are complete in the arena; `staged`: all are, and nobody wrote meanwhile."""
 
     job: SaveJob
     shards: int
+    filled: int
+    staged: bool
     ready: deque[Task] = field(default_factory=deque)
     receipts: dict[int, ShardReceipt] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
@@ -61,16 +63,40 @@ class Schedule:
         self._retention = retention
         self._next = 0
 
-    def submit(self, job: SaveJob, shards: int) -> JobRun:
-        """Take a save in."""
-        run = JobRun(job, shards)
+    def submit(self, job: SaveJob, shards: int, *, staged: bool = True) -> JobRun:
+        """Take a save in, with its snapshot complete (`staged`) or begun."""
+        run = JobRun(job, shards, shards if staged else 0, staged)
         self.runs[job.number] = run
         run.ready.append(self._task("check", run))
         run.ready.extend(self._task("shard", run, shard) for shard in range(shards))
-        if shards == 0:
-            run.ready.append(self._task("commit", run))
-            run.stage = "commit"
+        self._commit_if_complete(run)
         return run
+
+    def filled(self, number: int, shards: int) -> bool:
+        """So many shards of a snapshot that is being taken are complete; whether that is news."""
+        run = self.runs.get(number)
+        if run is None or not run.filled < shards <= run.shards:
+            return False
+        run.filled = shards
+        return True
+
+    def staged(self, number: int) -> bool:
+        """A snapshot is complete and its save may be committed. False if it has its answer already, without that."""
+        run = self.runs.get(number)
+        if run is None or run.stage == "over":
+            return False
+        run.staged, run.filled = True, run.shards
+        self._commit_if_complete(run)
+        return True
+
+    def withdraw(self, number: int) -> Ended | None:
+        """A snapshot failed: what was stored of it goes away."""
+        run = self.runs.get(number)
+        if run is None or run.stage != "shards":
+            return None
+        run.error = run.error or errors.SnapshotError("the snapshot was not completed", step=run.job.step)
+        self._stop(run)
+        return self._advance(run)
 
     @property
     def idle(self) -> bool:
@@ -80,7 +106,7 @@ class Schedule:
     def next(self, *, encoder_free: bool) -> Task | None:
         """The next task; shards only when an encoder is free."""
         for run in self.runs.values():
-            if run.ready and (encoder_free or run.ready[0].kind != "shard"):
+            if run.ready and (run.ready[0].kind != "shard" or (encoder_free and run.ready[0].shard < run.filled)):
                 task = run.ready.popleft()
                 run.running.add(task.number)
                 return task
@@ -91,9 +117,7 @@ class Schedule:
         run = self._settle(task)
         if task.kind == "shard":
             run.receipts[task.shard] = ShardReceipt.from_json(result)
-            if run.stage == "shards" and len(run.receipts) == run.shards:
-                run.stage = "commit"
-                run.ready.append(self._task("commit", run))
+            self._commit_if_complete(run)
         elif task.kind == "check" and result["exists"] and run.stage in ("shards", "commit"):
             run.exists = True
             self._stop(run)
@@ -129,6 +153,11 @@ class Schedule:
             return None
         del self.tasks[task.number]
         return self._advance(task.run)
+
+    def _commit_if_complete(self, run: JobRun) -> None:
+        if run.stage == "shards" and run.staged and len(run.receipts) == run.shards:
+            run.stage = "commit"
+            run.ready.append(self._task("commit", run))
 
     def _wanted(self, task: Task) -> bool:
         return task.run.stage not in ("abandon", "over") or task.kind == "abandon"

@@ -1,10 +1,12 @@
-"""A worker as the service sees it: forked, introduced to structures and arenas, given tasks."""
+"""Workers as the service sees them: forked, introduced to structures and arenas, given tasks, dismissed."""
 
 import contextlib
 import os
+import selectors
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,64 @@ class Seat:
             self.channel.post(message, fds)
 
 
+class Seats:
+    """All workers of a service, watched by its selector. Never waits for one that ends."""
+
+    def __init__(self, selector: selectors.BaseSelector, hello: Mapping[str, Any], rules: Sequence[KeepRule]) -> None:
+        self._selector = selector
+        self._hello = hello
+        self._rules = rules
+        self._seats: list[Seat] = []
+        self._dying: set[int] = set()
+
+    def __iter__(self) -> Iterator[Seat]:
+        return iter(tuple(self._seats))  # some may be dismissed on the way
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def __contains__(self, seat: Seat) -> bool:
+        return seat in self._seats
+
+    @property
+    def dying(self) -> bool:
+        """Whether one that was dismissed has not ended yet."""
+        return bool(self._dying)
+
+    def hire(self, nice: int) -> Seat:
+        """One more. `OSError` at the limit of processes."""
+        seat = hire({**self._hello, "nice": nice}, self._rules)
+        self._seats.append(seat)
+        self._selector.register(seat.channel, selectors.EVENT_READ, seat)
+        return seat
+
+    def watch(self, seat: Seat) -> None:
+        """Wait for room in its socket if something is left to send."""
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if seat.channel.pending else 0)
+        self._selector.modify(seat.channel, mask, seat)
+
+    def each(self, act: Callable[[Seat], None]) -> None:
+        """Tell every worker something."""
+        for seat in self:
+            act(seat)
+            self.watch(seat)
+
+    def dismiss(self, seat: Seat) -> None:
+        """Dead, hung or idle: nothing it holds is needed."""
+        self._selector.unregister(seat.channel)
+        seat.channel.close()
+        self._seats.remove(seat)
+        os.kill(seat.pid, signal.SIGKILL)
+        self._dying.add(seat.pid)
+        self.reap()
+
+    def reap(self) -> None:
+        """Bury those that ended: one that hangs in the kernel (a dead network filesystem) ends when that lets it go."""
+        for pid in list(self._dying):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                self._dying.discard(pid)
+
+
 def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> bool:
     """Whether strangers leave a core to one more encoder.
 
@@ -112,10 +172,12 @@ def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> boo
     return runnable - 1 - own + encoders < cores
 
 
-def may_encode_more(seats: Sequence[Seat]) -> bool:
+def may_encode_more(seats: Iterable[Seat]) -> bool:
     """Whether those who are not ours leave a core to one more encoder, at this moment."""
-    own = sum(seat.runnable_threads() for seat in seats)
-    encoders = sum(seat.encoding for seat in seats)
+    own, encoders = 0, 0
+    for seat in seats:
+        own += seat.runnable_threads()
+        encoders += seat.encoding
     return room_for_one_more(runnable_threads(), own, encoders, os.cpu_count() or 1)
 
 

@@ -11,13 +11,13 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
 from asyncckpt import errors
+from asyncckpt.engine.copying import Copying
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
-from asyncckpt.engine.seat import STARVED_NICE, Seat, hire, may_encode_more
+from asyncckpt.engine.seat import STARVED_NICE, Seat, Seats, may_encode_more
 from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
@@ -34,18 +34,19 @@ class Service:
         self._selector = selectors.DefaultSelector()
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
         self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
-        self._seats: list[Seat] = []
+        self._seats = Seats(self._selector, hello, self._rules)
+        self._copying = Copying()
         self._nice: int = hello["nice"]
         self._structures: dict[int, int] = {}
         self._arenas: dict[int, tuple[int, int]] = {}
         self._states: dict[int, int] = {}
         self._said_s = time.monotonic()
-        self._dying: set[int] = set()
 
     def run(self) -> None:
         """Serve until the trainer is gone or has closed, and every save has its answer."""
         self._tell({"op": "ready"})
         while self._trainer is not None or not self._schedule.idle:
+            self._copying.look(self._schedule)
             self._dispatch()  # first: saves may have come with the greeting
             self._watch()
             for key, mask in self._selector.select(self._timeout()):
@@ -55,17 +56,18 @@ class Service:
                     self._trainer_died()
                 else:
                     self._seat_ready(key.data, mask)
-        for seat in list(self._seats):
-            self._dismiss(seat)
+        for seat in self._seats:
+            self._seats.dismiss(seat)
         deadline_s = time.monotonic() + _REAP_S
-        while self._dying and time.monotonic() < deadline_s:
+        while self._seats.dying and time.monotonic() < deadline_s:
             time.sleep(0.005)
-            self._reap()
+            self._seats.reap()
 
     def _timeout(self) -> float | None:
-        if self._schedule.idle and not self._dying:
+        if self._schedule.idle and not self._seats.dying:
             return None
-        return min(1.0, float(self._hello["alive_s"]))  # while saves are in flight the trainer hears that we live
+        alive_s = min(1.0, float(self._hello["alive_s"]))  # while saves are in flight the trainer hears that we live
+        return min(alive_s, self._copying.poll_s)
 
     # -- the trainer
 
@@ -101,25 +103,41 @@ class Service:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+        for number in self._copying.numbers:
+            self._on_withdraw({"save": number}, [])  # nobody completes its snapshot
 
     def _on_structure(self, message: dict[str, Any], fds: list[int]) -> None:
         self._structures[message["structure"]] = fds[0]
 
     def _on_forget_structure(self, message: dict[str, Any], _: list[int]) -> None:
         os.close(self._structures.pop(message["structure"]))
-        self._each(lambda seat: seat.forget(message))
+        self._seats.each(lambda seat: seat.forget(message))
 
     def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
         self._arenas[message["arena"]] = (fds[0], message["bytes"])
 
     def _on_forget_arena(self, message: dict[str, Any], _: list[int]) -> None:
         os.close(self._arenas.pop(message["arena"])[0])
-        self._each(lambda seat: seat.forget(message))
+        self._seats.each(lambda seat: seat.forget(message))
 
     def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
         job = SaveJob.from_json(message["job"])
-        self._states[job.number] = fds[0]
-        self._schedule.submit(job, message["shards"])
+        self._schedule.submit(job, message["shards"], staged=bool(fds))
+        if fds:
+            self._states[job.number] = fds[0]
+        else:  # its snapshot has only begun
+            self._copying.add(job.number, *self._arenas[job.arena])
+
+    def _on_staged(self, message: dict[str, Any], fds: list[int]) -> None:
+        self._copying.discard(message["save"])
+        if self._schedule.staged(message["save"]):
+            self._states[message["save"]] = fds[0]
+        else:  # it has its answer
+            os.close(fds[0])
+
+    def _on_withdraw(self, message: dict[str, Any], _: list[int]) -> None:
+        self._copying.discard(message["save"])
+        self._answer(self._schedule.withdraw(message["save"]))
 
     def _tell(self, message: dict[str, Any] | None) -> None:
         if self._trainer is None:
@@ -137,7 +155,8 @@ class Service:
         if ended is None:
             return
         number = ended.run.job.number
-        os.close(self._states.pop(number))
+        if (state := self._states.pop(number, None)) is not None:
+            os.close(state)
         message: dict[str, Any] = {"op": "ended", "job": number}
         if ended.error is not None:
             message["error"] = errors.to_json(ended.error)
@@ -160,18 +179,12 @@ class Service:
                 return
             if hiring:
                 try:
-                    free = [self._hire()]
+                    free = [self._seats.hire(self._nice)]
                 except OSError:  # the limit of processes: go on with those there are
                     if not self._seats:
                         raise
                     self._hello["workers"], self._nice = len(self._seats), max(seat.nice for seat in self._seats)
-            self._give(min(free or crew or self._seats, key=lambda seat: len(seat.tasks)), task)
-
-    def _hire(self) -> Seat:
-        seat = hire(self._hello | {"nice": self._nice}, self._rules)
-        self._seats.append(seat)
-        self._selector.register(seat.channel, selectors.EVENT_READ, seat)
-        return seat
+            self._give(min(free or crew or list(self._seats), key=lambda seat: len(seat.tasks)), task)
 
     def _give(self, seat: Seat, task: Task) -> None:
         job = task.run.job
@@ -188,23 +201,14 @@ class Service:
             message["receipts"] = [receipt.to_json() for receipt in receipts]
             fds = [self._states[job.number]]
         seat.give(task, message, fds)
-        self._watch_seat(seat)
-
-    def _each(self, act: Callable[[Seat], None]) -> None:
-        for seat in self._seats:
-            act(seat)
-            self._watch_seat(seat)
-
-    def _watch_seat(self, seat: Seat) -> None:
-        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if seat.channel.pending else 0)
-        self._selector.modify(seat.channel, mask, seat)
+        self._seats.watch(seat)
 
     def _seat_ready(self, seat: Seat, mask: int) -> None:
         if seat not in self._seats:
             return
         if mask & selectors.EVENT_WRITE:
             seat.flush()
-            self._watch_seat(seat)
+            self._seats.watch(seat)
         if (messages := seat.channel.receive()) is None:
             self._replace(seat, "died")
             return
@@ -241,43 +245,29 @@ class Service:
 
     def _watch(self) -> None:
         now = time.monotonic()
-        for seat in list(self._seats):
+        for seat in self._seats:
             if seat.tasks and now - seat.heard_s > self._hello["hang_s"]:
                 self._replace(seat, f"gave no sign of life for {self._hello['hang_s']:.0f} s")
             elif seat.nice > self._nice and not seat.tasks:
-                self._dismiss(seat)
+                self._seats.dismiss(seat)
             elif self._nice > STARVED_NICE and seat.starves(now, self._hello["starved_s"]):
                 self._nice = STARVED_NICE  # from now on; it may end what it has begun
                 self._tell(
                     {"op": "worker_replaced", "reason": f"worker {seat.pid} waited for a core: nice {self._nice}"}
                 )
         if self._schedule.idle:
-            self._each(Seat.rest)
+            self._seats.each(Seat.rest)
         elif now - self._said_s > self._hello["alive_s"]:
             self._tell({"op": "alive"})
-        self._reap()
+        self._seats.reap()
 
     def _replace(self, seat: Seat, reason: str) -> None:
         tasks = list(seat.tasks.values())
-        self._dismiss(seat)
+        self._seats.dismiss(seat)
         if tasks:
             self._tell({"op": "worker_replaced", "reason": f"worker {seat.pid} {reason}"})
         for task in reversed(tasks):
             self._answer(self._schedule.lost(task, reason))
-
-    def _dismiss(self, seat: Seat) -> None:
-        self._selector.unregister(seat.channel)
-        seat.channel.close()
-        self._seats.remove(seat)
-        os.kill(seat.pid, signal.SIGKILL)  # dead, hung or idle: nothing it holds is needed
-        self._dying.add(seat.pid)
-        self._reap()
-
-    def _reap(self) -> None:
-        # never waits: a worker that hangs in the kernel (a dead network filesystem) ends when that lets it go
-        for pid in list(self._dying):
-            if os.waitpid(pid, os.WNOHANG) != (0, 0):
-                self._dying.discard(pid)
 
 
 def main(fd: int) -> None:

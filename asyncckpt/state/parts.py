@@ -1,5 +1,6 @@
 """How a state is cut for copying: what at once, what behind the caller's back, on which device, and to where."""
 
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
     from asyncckpt.state.tree import Flat
 
 Tensors = Sequence[torch.Tensor]
+_ORDERED_STORES = frozenset({"x86_64", "AMD64", "i686"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,50 @@ def cut(flat: "Flat", plan: "Plan", *, overlap: bool) -> Parts:
     return Parts(Part(tuple(now)), Part(tuple(later)), cut_lanes, Part(tuple(watched)), layout)
 
 
+Marks = Sequence[tuple[int, torch.Tensor]]
+"""Where in a list of members the arena's counter is written, with the tensor to write: so many shards are filled by then."""
+
+
+@dataclass(slots=True)
+class MarkPlaces:
+    """The marks of the last plans; two, since a Saver may measure two codecs in turns."""
+
+    _known: list[tuple["Plan", Part, Marks]] = field(default_factory=list)
+
+    def of(self, plan: "Plan", later: Part) -> Marks:
+        """Behind which of `later` how many shards, counted from the first, are filled."""
+        for known_plan, known_part, marks in self._known:
+            if known_plan is plan and known_part is later:
+                return marks
+        made = _marks(plan, later.members)
+        self._known = [*self._known[-1:], (plan, later, made)]
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A copy whose arena is read while it is filled. `counter`: of the arena; `begins`: called before the first byte is copied."""
+
+    counter: torch.Tensor
+    marks: Callable[[], Marks]
+    begins: Callable[[], None]
+
+
+def shows_stores_in_order() -> bool:
+    """Whether who sees the counter sees the bytes it speaks of: x86 promises that, others would need a barrier between them."""
+    return platform.machine() in _ORDERED_STORES
+
+
+def _marks(plan: "Plan", later: Sequence[int]) -> Marks:
+    position = {tensor: number for number, tensor in enumerate(later, 1)}
+    counts: dict[int, int] = {}
+    behind = 0
+    for filled, shard in enumerate(plan.shards, 1):
+        behind = max(behind, *(position.get(chunk.tensor, 0) for chunk in shard.chunks))
+        counts[behind] = filled
+    return tuple((behind, torch.tensor([filled], dtype=torch.int64)) for behind, filled in counts.items())
+
+
 def _layout(plan: "Plan", members: Iterable[int]) -> Layout:
     members = list(members)
     specs = [plan.structure.tensors[i] for i in members]
@@ -127,6 +173,7 @@ class Work:
     witnesses: Witnesses | None = None
     storages: list[torch.UntypedStorage] = field(default_factory=list)  # stay alive if a tensor gets another one
     before_copy: Callable[[], None] | None = None
+    announced: Announced | None = None
     afterwards: Callable[[], None] | None = None  # holds none of the sources
 
     def start(self) -> None:
@@ -151,16 +198,24 @@ class Work:
         for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
             event = lane.finish(part.later.of(self.targets), part.later.of(self.tensors))
             self.events.append((lane, event))
-        self._copy_host(self.parts.later)
+        self._copy_host(self.parts.later, self.announced)
 
     def synchronize(self) -> None:
         """Return when every byte is in the arena."""
         for _, event in self.events:
             event.synchronize()
 
-    def _copy_host(self, part: Part) -> None:
-        if part.members:
-            torch._foreach_copy_(part.of(self.targets), part.of(self.tensors))
+    def _copy_host(self, part: Part, announced: Announced | None = None) -> None:
+        if not part.members:
+            return
+        targets, sources = part.of(self.targets), part.of(self.tensors)
+        if announced is not None:
+            self.arena.reset_counter()
+            for behind, filled in reversed(announced.marks()):  # in the list itself: one call copies in its order
+                targets.insert(behind, announced.counter)
+                sources.insert(behind, filled)
+            announced.begins()
+        torch._foreach_copy_(targets, sources)
 
 
 @dataclass(slots=True)
@@ -171,6 +226,7 @@ class Views:
     """
 
     _known: dict[int, tuple[Arena, tuple[int, ...], list[torch.Tensor]]] = field(default_factory=dict)
+    _counters: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def of(self, arena: Arena, plan: "Plan") -> list[torch.Tensor]:
         """One view for each tensor of the plan's structure."""
@@ -178,11 +234,17 @@ class Views:
         offsets = plan.tensor_offsets
         if known is None or known[0] is not arena or known[1] is not offsets:
             known = self._known[arena.address] = (arena, offsets, _views(arena, plan))
+            self._counters[arena.address] = _counter(arena)
         return known[2]
+
+    def counter(self, arena: Arena) -> torch.Tensor:
+        """The counter of an arena that has views: one int64."""
+        return self._counters[arena.address]
 
     def forget(self, arena: Arena) -> None:
         """Drop the views of an arena."""
         self._known.pop(arena.address, None)
+        self._counters.pop(arena.address, None)
 
     def arenas(self) -> list[Arena]:
         """Arenas that have views."""
@@ -194,12 +256,17 @@ def _views(arena: Arena, plan: "Plan") -> list[torch.Tensor]:
     if plan.arena_bytes > arena.bytes:
         raise ValueError(f"the plan needs {plan.arena_bytes} bytes, the arena has {arena.bytes}")
     with torch.inference_mode(mode=False), torch.no_grad():
-        flat = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        flat = torch.frombuffer(arena.buffer, dtype=torch.uint8, count=arena.bytes)
         typed = {name: flat.view(BY_NAME[name]) for name in {spec.dtype for spec in plan.structure.tensors}}
         return [
             typed[spec.dtype].as_strided(spec.shape, _strides(spec.shape), offset // typed[spec.dtype].itemsize)
             for spec, offset in zip(plan.structure.tensors, plan.tensor_offsets, strict=True)
         ]
+
+
+def _counter(arena: Arena) -> torch.Tensor:
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return torch.frombuffer(arena.buffer, dtype=torch.int64, count=1, offset=arena.counter_offset)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,155 +5,31 @@ by one, each would wait for the GIL again beside a busy main thread (1.7 s inste
 copy runs on a thread of its own; optimizer steps wait for it (`hook`), and `witness` tells who wrote nevertheless.
 """
 
-import contextlib
-import logging
 import queue
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from asyncckpt.engine.arena import Arena
-from asyncckpt.errors import ForkedSaverError, SnapshotError, TornSnapshotError, UnsupportedTensorError
+from asyncckpt.errors import ForkedSaverError, SnapshotError, UnsupportedTensorError
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
-from asyncckpt.state.parts import Parts, Views, Work, cut, devices_of
-from asyncckpt.state.threads import find_thread_pools, within_idle_cores
+from asyncckpt.state.in_flight import Copy, Then, failure
+from asyncckpt.state.parts import Announced, MarkPlaces, Parts, Views, Work, cut, devices_of, shows_stores_in_order
+from asyncckpt.state.threads import find_thread_pools
 from asyncckpt.state.witness import Ahead, freed
 
 if TYPE_CHECKING:  # annotations only: these pull in the format's dependencies
     from asyncckpt.format.plan import Plan
     from asyncckpt.state.tree import Flat
 
-_LOG = logging.getLogger("asyncckpt")
 _JOIN_S = 30.0  # a copy takes as long as a memcpy; what follows one must be quick
-
-
-class Copy:
-    """One snapshot being taken. `hook_wait_s`: steps waited for it; `staged_s`: from the start until it was complete.
-
-    `error` is set before `done()`; `hook_wait_s` is final once the step that waits goes on.
-    """
-
-    def __init__(self, work: Work, clock: Callable[[], float], started_s: float) -> None:
-        self.error: SnapshotError | None = None
-        self.hook_wait_s = 0.0
-        self.staged_s = 0.0
-        self._work: Work | None = work  # holds the sources; gone when done
-        self._clock = clock
-        self._started_s = started_s
-        self._lock = threading.Lock()
-        self._enqueued = threading.Event()  # with CUDA: what steps wait for is known
-        self._done = threading.Event()
-        self._thread: int | None = None
-
-    def done(self) -> bool:
-        """Whether the snapshot is complete or failed; the state may change."""
-        return self._done.is_set()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Block until done; does not raise `error`."""
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"the snapshot was not complete after {timeout} s")
-
-    def hold_step(self) -> None:
-        """Return when an optimizer may step: the copy is done or, with CUDA, the step's stream waits for it."""
-        if self._thread == threading.get_ident() or cuda.capturing():
-            return  # the copy must not wait for itself; a step that is captured does not run now
-        began_s = self._clock()
-        work = self._work
-        if work is None or not work.parts.lanes:
-            self._done.wait()
-        else:
-            self._enqueued.wait()
-            self._check(work)
-            for lane, event in work.events:
-                lane.hold(event)
-        with self._lock:
-            self.hook_wait_s += self._clock() - began_s
-
-    def abandon(self) -> None:
-        """In a forked child: the thread that copies is the parent's, and a lock may be held by it for ever."""
-        self._lock, self._done, self._enqueued = threading.Lock(), threading.Event(), threading.Event()
-        self.error = SnapshotError("the process was forked while the snapshot was copied; the parent completes it")
-        self._finish()
-
-    def run(self, then: "Then") -> None:
-        """On the copy thread: copy, check, tell. Never raises."""
-        self._thread = threading.get_ident()
-        afterwards = self._work.afterwards if self._work is not None else None
-        try:
-            self._copy()
-        except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it is
-            self._fail(error)
-        gate.leave(self)
-        self._finish()
-        try:
-            then(self)
-        except Exception:  # noqa: BLE001 - the thread must live on for the next snapshot
-            _LOG.exception("what follows a snapshot failed")
-        if afterwards is not None:
-            with contextlib.suppress(Exception):  # the next save draws for itself
-                afterwards()
-
-    def run_here(self) -> None:
-        """On the caller's thread: only other threads can come between. Raises what goes wrong, but sets `error` for a torn copy."""
-        assert self._work is not None
-        with torch.no_grad():
-            self._work.copy()
-            self._work.synchronize()
-        self._check(self._work, arena=self._work.arena)
-        self._finish()
-
-    def into(self, arena: Arena) -> bool:
-        """Whether this arena is being written."""
-        return self._work is not None and self._work.arena is arena
-
-    def _copy(self) -> None:
-        assert self._work is not None
-        with torch.no_grad(), within_idle_cores(reserved=1):  # the training loop waits for the GIL while we look
-            self._work.copy()
-            self._enqueued.set()
-            self._work.synchronize()
-        self._check(self._work, arena=self._work.arena)
-
-    def _fail(self, cause: BaseException) -> None:
-        traceback.clear_frames(cause.__traceback__)  # or the error would keep the state in memory
-        if self._work is not None:
-            with contextlib.suppress(Exception):
-                self._check(self._work)  # a tensor that was changed beneath the copy explains most failures
-        if self.error is None:
-            self.error = failure(cause)
-
-    def _finish(self) -> None:
-        self.staged_s = self._clock() - self._started_s
-        self._work = None
-        self._enqueued.set()
-        self._done.set()
-
-    def _check(self, work: Work, arena: Arena | None = None) -> None:
-        """Hold the witnesses against the sources: once, because after that an optimizer may write."""
-        with self._lock:
-            witnesses, work.witnesses = work.witnesses, None
-            if witnesses is None or self.error is not None:
-                return
-            found = witnesses.difference(None if arena is None else arena.buffer)
-            if found is not None:
-                member, what = found
-                self.error = TornSnapshotError(
-                    f"this tensor {what} while the snapshot copied it, so the copy may be of two moments; nothing of this save "
-                    "is stored. Write parameters and optimizer state in Optimizer.step() only, on the thread that saves, and "
-                    "call wait_staged() before any other write (with overlap=False the copy is complete when save() returns)",
-                    key=work.path(work.parts.watched.members[member]),
-                )
-
-
-Then = Callable[[Copy], None]
 
 
 class Copier:
@@ -176,6 +52,7 @@ class Copier:
         self._ahead = Ahead(random or np.random.default_rng())
         self._before_copy = before_copy
         self._views = Views()
+        self._marks = MarkPlaces()
         self._pins = cuda.Pins()
         self._lanes: dict[torch.device, cuda.Lane] = {}
         self._cut: tuple[tuple[int, ...], tuple[bool, ...], bool, list[int], Parts] | None = None
@@ -192,12 +69,25 @@ class Copier:
             if torch.cuda.is_initialized():
                 self._pins.pin(arena)
 
-    def copy(self, flat: "Flat", plan: "Plan", arena: Arena, *, overlap: bool, started_s: float, then: Then) -> Copy:
+    def copy(
+        self,
+        flat: "Flat",
+        plan: "Plan",
+        arena: Arena,
+        *,
+        overlap: bool,
+        started_s: float,
+        then: Then,
+        begins: Callable[[], None] | None = None,
+    ) -> Copy:
         """Copy the tensors of `flat` to where `plan` has them in `arena`; `started_s` is of the same clock.
 
         Eager, every byte is in the arena and `then(copy)` has run when this returns. Overlapped, it returns when all that
         may change outside an optimizer's step is copied; the rest follows on the copy thread, and there `then`, which must
         be quick. A failure before it returns raises `SnapshotError`, without `then`; one behind it is `copy.error`.
+
+        `begins` is called on the copy thread, and must not wait, if the arena's counter will tell how many of the plan's shards are
+        filled: an overlapped copy of host memory on a processor that shows stores in their order.
         """
         if self._forks != gate.forks:
             raise ForkedSaverError("a Saver belongs to the process that made it; make another one in the child")
@@ -219,6 +109,9 @@ class Copier:
                 work.start()
             if overlaps:
                 work.before_copy = self._before_copy
+                if begins is not None and not work.lanes and arena.fd is not None and shows_stores_in_order():
+                    marks = partial(self._marks.of, plan, work.parts.later)
+                    work.announced = Announced(self._views.counter(arena), marks, begins)
                 work.watch(flat.sight, self._ahead)
                 gate.enter(copy)
                 self._jobs.put((copy, then))
@@ -277,13 +170,6 @@ class Copier:
             gate.open()
             self._stop = weakref.finalize(self, _finish, self._jobs, thread)  # also when collected, and at exit
         return True
-
-
-def failure(cause: BaseException) -> SnapshotError:
-    """What stopped a copy, as our error."""
-    error = SnapshotError(f"copying the state failed: {type(cause).__name__}: {cause}")
-    error.__cause__ = cause
-    return error
 
 
 def _serve(jobs: "queue.SimpleQueue[tuple[Copy, Then] | None]") -> None:

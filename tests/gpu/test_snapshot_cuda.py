@@ -12,8 +12,9 @@ import torch
 
 from asyncckpt.engine.arena import Arena
 from asyncckpt.errors import SnapshotError, TornSnapshotError
+from asyncckpt.state.in_flight import Copy
 from asyncckpt.state.sight import Sight
-from asyncckpt.state.snapshot import Copier, Copy
+from asyncckpt.state.snapshot import Copier
 
 pytestmark = [
     pytest.mark.cuda,

@@ -35,15 +35,16 @@ def finish(schedule, task, *, exists=False, result="committed"):
 class Walk:
     """One way through a save, along a list of choices; what could have been chosen at each point is remembered."""
 
-    def __init__(self, choices, *, shards, retention):
+    def __init__(self, choices, *, shards, retention, staged=True, harm=2):
         self.choices = choices
         self.branches = []
         self.schedule = Schedule(retention=retention)
-        self.run = self.schedule.submit(job(), shards)
+        self.run = self.schedule.submit(job(), shards, staged=staged)
+        self.copying = not staged
         self.running = []
         self.ended = []
         self.kinds = []
-        self.harm = 2  # so many tasks may fail or lose their worker
+        self.harm = harm  # so many tasks may fail or lose their worker
 
     def go(self):
         for position in range(60):
@@ -51,6 +52,7 @@ class Walk:
             if self.schedule.idle:
                 assert not self.running
                 return self
+            assert not any(task.kind == "shard" and task.shard >= self.run.filled for task in self.running)
             options = self.options()
             self.branches.append(len(options))
             choice = self.choices[position] if position < len(self.choices) else 0
@@ -59,6 +61,9 @@ class Walk:
 
     def options(self):
         found = []
+        if self.copying:
+            found += [(None, "staged"), (None, "withdrawn")]
+            found += [(None, "filled")] if self.run.filled < self.run.shards else []
         for task in self.running:
             if task.kind == "check":
                 found += [(task, "free"), (task, "taken")]
@@ -71,6 +76,9 @@ class Walk:
         return found
 
     def follow(self, task, what):
+        if task is None:
+            self.snapshot(what)
+            return
         self.running.remove(task)
         if what in ("done", "free"):
             ended = finish(self.schedule, task)
@@ -87,6 +95,22 @@ class Walk:
                 else self.schedule.lost(task, "was killed")
             )
         self.kinds.append((task.kind, what))
+        self.answer(ended)
+
+    def snapshot(self, what):
+        self.kinds.append(("snapshot", what))
+        if what == "filled":
+            known = self.schedule.runs.get(1) is self.run
+            assert self.schedule.filled(1, self.run.filled + 1) or not known
+            self.run.filled += not known
+            return
+        self.copying = False
+        if what == "withdrawn":
+            self.answer(self.schedule.withdraw(1))
+        else:
+            assert self.schedule.staged(1) == (not self.ended)
+
+    def answer(self, ended):
         if ended is not None:
             busy = [other.kind for other in self.running if other.kind in ("shard", "commit")]
             assert not busy, f"the arena may be written again while {busy} still read it"
@@ -112,18 +136,24 @@ def check_walk(walk, *, retention):
     ended = walk.ended[0]
     assert (ended.outcome is None) != (ended.error is None), walk.kinds
     committed = ("commit", "done") in walk.kinds
+    if committed and ("snapshot", "staged") in walk.kinds:
+        assert walk.kinds.index(("snapshot", "staged")) < walk.kinds.index(("commit", "done"))
+    assert not (committed and ("snapshot", "withdrawn") in walk.kinds)
     if ended.outcome is not None and ended.outcome.result == "committed":
         assert committed
         assert "abandon" not in [kind for kind, _ in walk.kinds], "what is committed is never taken away"
         assert ("retain" in [kind for kind, _ in walk.kinds]) == retention
         return
     assert not committed, f"a committed save was answered with {ended}: {walk.kinds}"
-    kinds = [kind for kind, what in walk.kinds if what != "worker died"]
+    kinds = [kind for kind, what in walk.kinds if what != "worker died" and kind != "snapshot"]
     assert kinds[-1] == "abandon", walk.kinds
     assert kinds.count("abandon") == 1
-    if ended.error is not None:
+    whats = [what for _, what in walk.kinds]
+    if isinstance(ended.error, errors.SnapshotError):
+        assert "withdrawn" in whats
+    elif ended.error is not None:
         assert isinstance(ended.error, errors.StoreError)
-        assert "failed" in [what for _, what in walk.kinds]
+        assert "failed" in whats
 
 
 def test_every_order_of_two_shards_ends_in_one_answer_and_leaves_nothing():
@@ -131,6 +161,15 @@ def test_every_order_of_two_shards_ends_in_one_answer_and_leaves_nothing():
     for walk in every_walk(shards=2, retention=False):
         check_walk(walk, retention=False)
         ways += 1
+    assert ways > 1000
+
+
+def test_every_order_of_a_save_whose_snapshot_is_still_being_taken_ends_in_one_answer():
+    ways = 0
+    for shards in (0, 1, 2):
+        for walk in every_walk(shards=shards, retention=False, staged=False, harm=1):
+            check_walk(walk, retention=False)
+            ways += 1
     assert ways > 1000
 
 

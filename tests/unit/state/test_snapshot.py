@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from asyncckpt.engine.arena import Arena
+from asyncckpt.engine.arena import Arena, read_counter
 from asyncckpt.errors import ForkedSaverError, SnapshotError, UnsupportedTensorError
+from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
 from asyncckpt.state import hook
-from asyncckpt.state.snapshot import Copier, Copy
+from asyncckpt.state.in_flight import Copy
+from asyncckpt.state.parts import MarkPlaces, Part, shows_stores_in_order
+from asyncckpt.state.snapshot import Copier
 from tests.snapshots import PATIENCE_S, Moment, Rig, in_thread
 
 DTYPES = [
@@ -109,6 +112,50 @@ def test_optimizer_state_of_any_layout_is_overlapped_and_exact(layout: str, dtyp
     for _ in range(20):  # another word each time
         rig.assert_exact(rig.save())
     rig.close()
+
+
+def test_one_call_copies_in_the_order_of_its_list() -> None:
+    # the arena's counter stands between the tensors of the list, and says that those before it are copied
+    targets = [torch.zeros(3), torch.zeros(1, dtype=torch.int64), torch.zeros(2), torch.zeros(1, dtype=torch.int64)]
+    sources = [torch.ones(3), torch.tensor([1]), torch.ones(5), torch.tensor([2])]  # the third does not fit
+    with pytest.raises(RuntimeError):
+        torch._foreach_copy_(targets, sources)
+    assert [int(target.sum()) for target in targets] == [3, 1, 0, 0]
+
+
+@pytest.mark.skipif(not shows_stores_in_order(), reason="this processor may show stores out of order")
+def test_the_arenas_counter_says_how_many_shards_are_filled(copier: Copier) -> None:
+    model, optimizer = trained()
+    rig = Rig({"model": model, "optimizer": optimizer}, copier)
+    rig.plan = plan(rig.flat.structure, codec="none", shard_bytes=600)
+    rig.arena = Arena.create(1, rig.plan.arena_bytes)
+    assert len(rig.plan.shards) == 3
+    assert rig.arena.fd is not None
+    seen: list[int] = []
+    for _ in range(3):
+        copy = rig.save(begins=lambda: seen.append(read_counter(rig.arena.fd, rig.arena.bytes)))
+        rig.assert_exact(copy)
+        assert seen.pop() == 0
+        assert read_counter(rig.arena.fd, rig.arena.bytes) == len(rig.plan.shards)
+    rig.close()
+
+
+@pytest.mark.skipif(not shows_stores_in_order(), reason="this processor may show stores out of order")
+def test_a_shard_counts_as_filled_behind_the_last_of_its_tensors_whatever_order_they_are_copied_in() -> None:
+    structure = Structure(
+        (Group("m", "m"),), tuple(TensorSpec(0, f"t{n}", "float32", (100,)) for n in range(6)), (), {"dict": {}}
+    )
+    layout = plan(structure, codec="none", shard_bytes=800)  # two tensors in each of three shards
+    places = MarkPlaces()
+
+    def marks(*later: int) -> list[tuple[int, int]]:
+        return [(behind, int(count)) for behind, count in places.of(layout, Part(later))]
+
+    assert marks(0, 1, 2, 3, 4, 5) == [(2, 1), (4, 2), (6, 3)]
+    assert marks(5, 4, 3, 2, 1, 0) == [(6, 3)]
+    assert marks(1, 3, 5) == [(1, 1), (2, 2), (3, 3)]  # the others were copied at once
+    assert marks(4, 5) == [(0, 2), (2, 3)]
+    assert marks(2, 0) == [(2, 3)]
 
 
 def test_eager_copy_is_complete_when_it_returns_and_makes_no_thread(copier: Copier) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from asyncckpt.errors import SnapshotError, TornSnapshotError
 from asyncckpt.state.hook import gate
+from asyncckpt.state.in_flight import Copy
 from asyncckpt.state.parts import LanePart, Part, Parts, Work
 from asyncckpt.state.sight import Sight
-from asyncckpt.state.snapshot import Copier, Copy
+from asyncckpt.state.snapshot import Copier
 from tests.snapshots import PATIENCE_S, Rig, in_thread
 
 
