@@ -16,9 +16,14 @@ MIN_BYTES = 32 * 2**20
 MARGIN = 0.05
 """The other codec must be faster by this much: less is noise, and the usual one has its reasons (see `usual_codec`)."""
 FIRST_TRIAL, LAST_TRIAL = 4, 320
-"""Saves until the slower codec is tried again; doubled whenever that changes nothing, so that a run of 300 saves has six trials."""
+"""Saves until the slower codec is tried again; doubled whenever that changes nothing, or more (`TRIAL_SHARE`): a run of 300 saves has four to six trials."""
 SETTLING_SAVES = 5
 """So many saves (of `MIN_BYTES` or more) come before the first that is chosen by what was measured."""
+CLEAR = 1.5
+"""So many times the usual codec's time leave no doubt: the other one is not measured a second time before the choice."""
+TRIAL_SHARE = 0.025
+"""Of the time of all saves, what trials of a slower codec may cost while the usual one is taken."""
+_LONGEST_FIRST = 40  # saves until a codec that lost by so little knowledge has another chance
 _FIRST = 2  # measurements of each, before one is chosen: one alone may have been disturbed
 _KEPT = 3  # measurements of each codec: the fastest of them counts, since disturbances only add
 
@@ -31,7 +36,8 @@ def usual_codec(store: Store) -> StoredCodec:
 class CodecChoice:
     """Chooses and learns. A fixed codec is chosen always.
 
-    The first save warms connections and pages and is not counted; the four behind it measure the usual codec and the other in turns.
+    The first save warms connections and pages and is not counted; the four behind it measure the usual codec and the other in turns,
+    fewer if the other one takes `CLEAR` times as long.
     """
 
     def __init__(self, codec: Codec, usual: StoredCodec) -> None:
@@ -57,7 +63,7 @@ class CodecChoice:
         if self._fixed is not None:
             return self._fixed
         usual, other = len(self._s_per_byte[self._usual]), len(self._s_per_byte[self._other])
-        if other < _FIRST:
+        if not self._settled():
             return self._other if other < usual else self._usual
         slower = self._other if self._best == self._usual else self._usual
         return slower if self._saves >= self._period else self._best
@@ -81,10 +87,24 @@ class CodecChoice:
         self._s_per_byte[codec].append(s_per_byte)
         tried = codec != self._best
         best = self._faster()
-        if tried:
-            self._period = FIRST_TRIAL if best != self._best else min(2 * self._period, LAST_TRIAL)
+        if tried and best != self._best:
+            self._period = FIRST_TRIAL
+        elif tried:
+            first = len(self._s_per_byte[codec]) < _KEPT
+            earned = self._saves_between_trials() if best == self._usual and self._settled() else 0
+            self._period = max(min(2 * self._period, LAST_TRIAL), min(earned, _LONGEST_FIRST if first else LAST_TRIAL))
         self._saves = 0 if tried else self._saves + 1
         self._best = best
+
+    def _settled(self) -> bool:
+        """Whether one may be chosen: both were measured often enough, or the other one lost clearly."""
+        usual, other = self._s_per_byte[self._usual], self._s_per_byte[self._other]
+        return len(other) >= _FIRST or (bool(usual and other) and min(other) > CLEAR * min(usual))
+
+    def _saves_between_trials(self) -> int:
+        """So that what a trial takes longer than another save is `TRIAL_SHARE` of the time between two."""
+        usual, other = min(self._s_per_byte[self._usual]), min(self._s_per_byte[self._other])
+        return LAST_TRIAL if math.isinf(other) else math.ceil((other / usual - 1) / TRIAL_SHARE)
 
     def _faster(self) -> StoredCodec:
         usual, other = self._s_per_byte[self._usual], self._s_per_byte[self._other]

@@ -120,3 +120,14 @@ def test_an_outage_that_fails_every_save_is_forgotten_afterwards():
         choice.failed(choice.choose())
     taken = run(choice, 60, lambda codec, _: {"planes": 1.0, "none": 0.5}[codec])
     assert taken[-10:].count("none") >= 9
+
+
+def test_a_codec_that_takes_twice_as_long_is_tried_twice_in_sixty_saves():
+    taken = run(CodecChoice("auto", "none"), 60, lambda codec, _: {"planes": 2.0, "none": 1.0}[codec])
+    assert [save for save, codec in enumerate(taken) if codec == "planes"] == [2, 43]
+
+
+def test_a_first_trial_that_was_disturbed_is_made_up_for_after_forty_saves():
+    cost = {"none": 1.0, "planes": 0.5}
+    taken = run(CodecChoice("auto", "none"), 100, lambda codec, save: 5.0 if save == 2 else cost[codec])
+    assert taken[60:].count("planes") >= 35
