@@ -11,6 +11,7 @@ from asyncckpt.engine.arena import read_counter
 from asyncckpt.engine.schedule import Schedule
 
 _POLL_S = 0.001
+_BUSY_S = 0.05  # until cores are looked at again: each look takes the time of one that is busy
 _SLOW_POLL_S = 0.05
 _LONG_S = 2.0  # without progress: the trainer was stopped, or waits for memory
 
@@ -21,6 +22,7 @@ class Copying:
     def __init__(self) -> None:
         self._arenas: dict[int, tuple[int, int]] = {}
         self._moved_s = 0.0
+        self._backed_off = False
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -32,6 +34,8 @@ class Copying:
         """When to look again."""
         if not self._arenas:
             return float("inf")
+        if self._backed_off:
+            return _BUSY_S
         return _POLL_S if time.monotonic() - self._moved_s < _LONG_S else _SLOW_POLL_S
 
     def add(self, number: int, fd: int, size_bytes: int) -> None:
@@ -43,8 +47,13 @@ class Copying:
         """It is complete, or never will be."""
         self._arenas.pop(number, None)
 
+    def back_off(self) -> None:
+        """No core is idle at this moment."""
+        self._backed_off = True
+
     def look(self, schedule: Schedule) -> None:
         """Tell the schedule what may be stored by now."""
+        self._backed_off = False
         for number, (fd, size_bytes) in self._arenas.items():
             if schedule.filled(number, read_counter(fd, size_bytes)):
                 self._moved_s = time.monotonic()

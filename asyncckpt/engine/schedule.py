@@ -5,6 +5,7 @@ committed one may be followed by retention.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,14 +104,17 @@ class Schedule:
         """Nothing is left to do."""
         return not self.runs
 
-    def next(self, *, encoder_free: bool) -> Task | None:
-        """The next task; shards only when an encoder is free."""
+    def next(self, *, encoder_free: bool, ahead: Callable[[], bool] = lambda: True) -> Task | None:
+        """The next task; shards only when an encoder is free, and those of a snapshot that is being taken when `ahead` says so."""
         for run in self.runs.values():
-            if run.ready and (run.ready[0].kind != "shard" or (encoder_free and run.ready[0].shard < run.filled)):
+            if run.ready and (run.ready[0].kind != "shard" or (encoder_free and self._may_start(run, ahead))):
                 task = run.ready.popleft()
                 run.running.add(task.number)
                 return task
         return None
+
+    def _may_start(self, run: JobRun, ahead: Callable[[], bool]) -> bool:
+        return run.ready[0].shard < run.filled and (run.staged or ahead())
 
     def done(self, task: Task, result: dict[str, Any]) -> Ended | None:
         """A task succeeded."""

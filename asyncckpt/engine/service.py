@@ -173,7 +173,8 @@ class Service:
             hiring = not free and len(crew) < self._hello["workers"]
             # one encoder always; more of them only while others leave a core idle
             task = self._schedule.next(
-                encoder_free=(bool(free) or hiring) and (free == crew or may_encode_more(self._seats))
+                encoder_free=(bool(free) or hiring) and (free == crew or may_encode_more(self._seats)),
+                ahead=self._may_start_ahead,
             )
             if task is None:
                 return
@@ -185,6 +186,13 @@ class Service:
                         raise
                     self._hello["workers"], self._nice = len(self._seats), max(seat.nice for seat in self._seats)
             self._give(min(free or crew or list(self._seats), key=lambda seat: len(seat.tasks)), task)
+
+    def _may_start_ahead(self) -> bool:
+        """Whether a core is idle beside the copy: on one that trains, an encoder gains nothing and slows the copy down."""
+        if may_encode_more(self._seats):
+            return True
+        self._copying.back_off()
+        return False
 
     def _give(self, seat: Seat, task: Task) -> None:
         job = task.run.job
