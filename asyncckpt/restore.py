@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from asyncckpt import errors, events
-from asyncckpt.collector import held_off
+from asyncckpt.collector import seldom
 from asyncckpt.engine.catalog import read_index, read_record, read_values
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
@@ -85,7 +85,7 @@ def load(
     With `prefix`, a path such as `"model"` or `"optimizer/state"`, only that part, and only its bytes are downloaded. The
     tensors of one call share one block of memory, which is freed with the last of them.
     """
-    with opened(url, store, hooks) as place, held_off():
+    with opened(url, store, hooks) as place, seldom():
         hook = events.Hooks(tuple(hooks))
 
         def read(number: int) -> Any:
@@ -119,7 +119,7 @@ def restore_from(
         bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
-    with held_off():
+    with seldom():
         found = first_good(store, step, hooks, read)
     return Outcome(None) if found is None else Outcome(*found)
 
