@@ -41,8 +41,8 @@ class _Flight:
     arena: Arena
     planned: Planned
     request: SaveRequest
-    job: SaveJob
     copy: Copy | None = None
+    job: SaveJob | None = None
 
 
 class Launcher:
@@ -92,15 +92,14 @@ class Launcher:
         save = self._ledger.open(request.step, started_s)
         try:
             engine = self._engine_started()
-            job = self._job(save, request, planned, arena)
-            flight = self._flights[save._number] = _Flight(save, arena, planned, request, job)
+            flight = self._flights[save._number] = _Flight(save, arena, planned, request)
             self._copier.copy(
                 flat,
                 planned.plan,
                 arena,
                 overlap=flat.has_optimizer if self.overlap is None else self.overlap,
                 started_s=started_s,
-                begins=lambda: engine.announce(job, planned.plan, arena),
+                begins=lambda: engine.announce(self._job(flight), planned.plan, arena),
                 then=lambda copy: self._staged(flight, flat, engine, copy),
             )
         except BaseException as error:
@@ -190,7 +189,7 @@ class Launcher:
             engine.withdraw(number, copy.error)
             return
         try:
-            engine.submit(flight.job, flight.planned.plan, flight.arena, write_state(flat.values))
+            engine.submit(self._job(flight), flight.planned.plan, flight.arena, write_state(flat.values))
         except errors.CheckpointError as error:
             self.ended(number, None, error)
             return
@@ -217,9 +216,15 @@ class Launcher:
     def _next_attempt(self) -> str:
         return f"{self._run_id}-{next(self._attempts):06d}"
 
-    def _job(self, save: Save, request: SaveRequest, planned: Planned, arena: Arena) -> SaveJob:
+    def _job(self, flight: _Flight) -> SaveJob:
+        if flight.job is None:
+            flight.job = self._new_job(flight)
+        return flight.job
+
+    def _new_job(self, flight: _Flight) -> SaveJob:
+        request, planned, arena = flight.request, flight.planned, flight.arena
         return SaveJob(
-            number=save._number,
+            number=flight.save._number,
             step=request.step,
             attempt=self._next_attempt(),
             structure=planned.number,
