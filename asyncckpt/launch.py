@@ -81,16 +81,18 @@ class Launcher:
 
     def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
         """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts."""
-        flat = self._flattener.flatten(state)
-        planned = self._planner.next(flat.structure)
-        while (arena := self._take(planned.plan)) is None:
-            if not wait:
-                return None
-            self._arenas.wait_free()
-            flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
-            planned = self._planner.next(flat.structure)
-        save = self._ledger.open(request.step, started_s)
+        save = self._ledger.new(request.step, started_s)
+        arena: Arena | None = None
         try:
+            flat = self._flattener.flatten(state)
+            planned = self._planner.next(flat.structure)
+            while (arena := self._take(planned.plan)) is None:
+                if not wait:
+                    return None
+                self._arenas.wait_free()
+                flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
+                planned = self._planner.next(flat.structure)
+            self._ledger.open(save)
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)
             self._copier.copy(
@@ -103,12 +105,7 @@ class Launcher:
                 then=lambda copy: self._staged(flight, flat, engine, copy),
             )
         except BaseException as error:
-            self._copier.forget(arena)  # an interrupt may leave a copy in flight
-            handed_over = self._engine is not None and self._engine.holds(save._number)
-            if not handed_over and not save.done():  # an interrupt may come when the engine reads the arena already
-                self._flights.pop(save._number, None)
-                self._arenas.give_back(arena)
-                self._ledger.forget(save, error)
+            self._undo(save, arena, error)
             raise
         return save
 
@@ -175,6 +172,16 @@ class Launcher:
         self._hooks(event)
 
     # -- inside
+
+    def _undo(self, save: Save, arena: Arena | None, error: BaseException) -> None:
+        """A save did not come to be: refused, or interrupted at any moment."""
+        if arena is not None:
+            self._copier.settle(arena)  # an interrupt may leave a copy in flight, or on its way to the engine
+        handed_over = self._engine is not None and self._engine.holds(save._number)
+        if not handed_over and not save.done():  # an interrupt may come when the engine reads the arena already
+            self._flights.pop(save._number, None)
+            self._ledger.forget(save, error)
+        self._arenas.keep_only([flight.arena for flight in list(self._flights.values())])
 
     def _staged(self, flight: _Flight, flat: Flat, engine: Engine, copy: Copy) -> None:
         # on the copy thread, or inside copy() when nothing was overlapped

@@ -88,7 +88,9 @@ class Ledger:
     def __init__(self, hooks: Hooks, max_failed_saves: int | None) -> None:
         self._hooks = hooks
         self._max_failed_saves = max_failed_saves
-        self._changed = threading.Condition()
+        self._lock = (
+            threading.Lock()
+        )  # not a Condition: Ctrl-C inside its `__enter__`, which is Python code, would leave it locked for ever
         self._numbers = itertools.count(1)
         self._open: dict[int, Save] = {}
         self._failed: list[Save] = []
@@ -96,23 +98,25 @@ class Ledger:
         self._failed_in_row = 0
         self.skipped_saves = 0
 
-    def open(self, step: int, started_s: float) -> Save:
-        """A new save begins."""
-        with self._changed:
-            save = Save(step, next(self._numbers), started_s)
+    def new(self, step: int, started_s: float) -> Save:
+        """A save that nobody waits for yet."""
+        return Save(step, next(self._numbers), started_s)
+
+    def open(self, save: Save) -> None:
+        """It begins; `conclude` or `forget` must follow."""
+        with self._lock:
             self._open[save._number] = save
-            return save
 
     def forget(self, save: Save, error: BaseException) -> None:
         """The save never started; whoever asked for it is told by the exception on its way."""
         save._delivered = True
         save._conclude(None, error)
-        with self._changed:
+        with self._lock:
             self._open.pop(save._number, None)
 
     def conclude(self, save: Save, report: SaveReport | None, error: BaseException | None) -> None:
         """A save ended: remember, wake who waits, log one line, tell the hooks."""
-        with self._changed:  # remembered before anybody wakes and asks
+        with self._lock:  # remembered before anybody wakes and asks
             self._open.pop(save._number, None)
             if error is not None:
                 self._failed.append(save)
@@ -129,12 +133,11 @@ class Ledger:
             else:
                 self._failed_in_row = 0
             save._conclude(report, error)
-            self._changed.notify_all()
         self._hooks(_log(save, report, error))
 
     def report_earlier(self, step: int) -> None:
         """Warn of what failed or was skipped since the last call; raise when too many failed in a row, and count anew."""
-        with self._changed:
+        with self._lock:
             notices, self._notices = self._notices, []
             failed_in_row = self._failed_in_row
             too_many = self._max_failed_saves is not None and failed_in_row >= self._max_failed_saves
@@ -149,7 +152,7 @@ class Ledger:
     @property
     def in_flight(self) -> list[Save]:
         """Saves without an answer."""
-        with self._changed:
+        with self._lock:
             return list(self._open.values())
 
     def wait(self, timeout: float | None) -> None:
@@ -163,7 +166,7 @@ class Ledger:
         self._raise_failures("")
 
     def _raise_failures(self, reason: str) -> None:
-        with self._changed:
+        with self._lock:
             failed, self._failed = [save for save in self._failed if not save._delivered], []
         if not failed:
             if reason:

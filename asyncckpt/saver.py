@@ -255,7 +255,7 @@ class Saver:
         reason = f"all {self._launcher.pending} snapshot(s) are in flight"
         if self._when_full == "raise":
             raise errors.QueueFullError(reason, step=step)
-        save = self._ledger.open(step, started_s)
+        save = self._ledger.new(step, started_s)
         self._ledger.conclude(save, SaveReport(step, skipped=f'{reason} and when_full="skip"'), None)
         return save
 

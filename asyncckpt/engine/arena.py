@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Collection
 
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -126,11 +127,14 @@ class ArenaPool:
         self._free: list[Arena] = []
         self._in_flight: dict[int, Arena] = {}
         self._next = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(
+            self._lock
+        )  # entered through its lock: Ctrl-C inside a Condition's own `__enter__` leaves it locked
 
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until `take` would succeed, or for `timeout` seconds; whether it would."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: len(self._in_flight) < self._count, timeout)
 
     def take(self, size_bytes: int, *, make_bytes: int = 0) -> tuple[Arena, list[Arena]] | None:
@@ -138,7 +142,7 @@ class ArenaPool:
 
         A new one gets `make_bytes`, if that is more, so that it serves a little more later.
         """
-        with self._changed:
+        with self._lock:
             if len(self._in_flight) >= self._count:
                 return None
             fitting = [arena for arena in self._free if arena.bytes >= size_bytes]
@@ -156,15 +160,22 @@ class ArenaPool:
 
     def give_back(self, arena: Arena) -> None:
         """The arena may be written again."""
-        with self._changed:
-            self._in_flight.pop(arena.number, None)
-            self._free.append(arena)
-            self._changed.notify_all()
+        with self._lock:
+            if self._in_flight.pop(arena.number, None) is not None:
+                self._free.append(arena)
+                self._changed.notify_all()
+
+    def keep_only(self, arenas: Collection[Arena]) -> None:
+        """Give back what is in flight and none of these: an interrupt may come between the taking and the use."""
+        with self._lock:
+            lost = [arena for arena in self._in_flight.values() if arena not in arenas]
+        for arena in lost:
+            self.give_back(arena)
 
     @property
     def in_flight(self) -> int:
         """How many arenas hold a snapshot that is not stored yet."""
-        with self._changed:
+        with self._lock:
             return len(self._in_flight)
 
     def all(self) -> list[Arena]:

@@ -213,7 +213,8 @@ class ServiceEngine:
 
     def _judge_silence(self) -> None:
         with self._lock:
-            if (self._submitted or self._closing) and time.monotonic() - self._heard_s > self._options.silent_s:
+            waiting = self._closing or any(save.answer is None for save in self._submitted.values())
+            if waiting and time.monotonic() - self._heard_s > self._options.silent_s:
                 self._service.kill()
 
     def _heard(self, message: dict[str, Any]) -> None:
@@ -261,10 +262,11 @@ class ServiceEngine:
             else:
                 self._broken = f"the checkpoint service died {self._deaths} times: {reason}"
                 count = -1
+            withdrawn = [number for number, save in self._submitted.items() if save.withdrawn is not None]
         if count < 0:
             self._fail_all()
             return False
-        for number in [number for number, save in self._submitted.items() if save.withdrawn is not None]:
+        for number in withdrawn:
             self._answered(number, None, None)  # the new service does not know them
         _LOG.warning("the checkpoint service died (%s); another was started, %d save(s) submitted again", reason, count)
         self._listener.event(events.ServiceRestarted(count))

@@ -155,6 +155,7 @@ class Service:
         if ended is None:
             return
         number = ended.run.job.number
+        self._copying.discard(number)  # answered early: nobody tells us when its snapshot is complete
         if (state := self._states.pop(number, None)) is not None:
             os.close(state)
         message: dict[str, Any] = {"op": "ended", "job": number}

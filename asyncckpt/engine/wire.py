@@ -121,7 +121,12 @@ class Channel:
         payload = json.dumps({**message, "fds": len(fds)}, separators=(",", ":")).encode()
         held = [os.dup(fd) for fd in fds]
         if len(payload) > INLINE_BYTES:
-            held.append(memory_file("asyncckpt-message", payload))
+            try:
+                held.append(memory_file("asyncckpt-message", payload))
+            except BaseException:
+                for fd in held:
+                    os.close(fd)
+                raise
             payload = b'{"large":true,"fds":%d}' % len(held)
         self._outbox.append((memoryview(len(payload).to_bytes(4, "big") + payload), tuple(held)))
 

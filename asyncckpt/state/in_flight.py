@@ -67,6 +67,11 @@ class Copy:
         self.error = SnapshotError("the process was forked while the snapshot was copied; the parent completes it")
         self._finish()
 
+    def give_up(self) -> None:
+        """Nobody will copy it: whoever waits goes on."""
+        self.error = SnapshotError("interrupted before it was copied")
+        self._finish()
+
     def run(self, then: "Then") -> None:
         """On the copy thread: copy, check, tell. Never raises."""
         self._thread = threading.get_ident()

@@ -57,7 +57,7 @@ class Copier:
         self._lanes: dict[torch.device, cuda.Lane] = {}
         self._cut: tuple[tuple[int, ...], tuple[bool, ...], bool, list[int], Parts] | None = None
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[Copy, Then] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._stop: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self._forks = gate.forks
@@ -132,6 +132,17 @@ class Copier:
             if self._forks == gate.forks:
                 self._pins.unpin(arena)
 
+    def settle(self, arena: Arena) -> None:
+        """After an interrupt inside `copy()`: return when no copy into this arena is under way or will be, and `then` has run."""
+        if self._stop is not None and self._stop.alive and self._forks == gate.forks:
+            barrier = _Barrier()
+            self._jobs.put((barrier, lambda _: None))
+            barrier.reached.wait(_JOIN_S)
+        for copy in gate.in_flight():
+            if isinstance(copy, Copy) and copy.into(arena):  # it was never given to the thread
+                gate.leave(copy)
+                copy.give_up()
+
     def close(self) -> None:
         """Finish the copies in flight and leave nothing: no thread, no hook, no view."""
         self._closed = True
@@ -172,14 +183,27 @@ class Copier:
         return True
 
 
-def _serve(jobs: "queue.SimpleQueue[tuple[Copy, Then] | None]") -> None:
+class _Barrier:
+    """Takes its turn on the copy thread: all that was given to the thread before is done."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+
+    def run(self, _: Then) -> None:
+        self.reached.set()
+
+
+_Job = tuple[Copy | _Barrier, Then]
+
+
+def _serve(jobs: "queue.SimpleQueue[_Job | None]") -> None:
     """The copy thread. Holds no Copier, so that one can be collected, and no state between two copies."""
     for copy, then in iter(jobs.get, None):
         copy.run(then)
         del copy, then
 
 
-def _finish(jobs: "queue.SimpleQueue[tuple[Copy, Then] | None]", thread: threading.Thread) -> None:
+def _finish(jobs: "queue.SimpleQueue[_Job | None]", thread: threading.Thread) -> None:
     jobs.put(None)
     if thread is not threading.current_thread():
         thread.join(_JOIN_S)

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import Saver, errors
+from asyncckpt import Saver, errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.job import SaveJob
@@ -261,3 +262,25 @@ def test_no_thread_is_left_when_the_engine_closes(tmp_path):
     rig.close()
     assert {thread.name for thread in threading.enumerate()} == before
     assert os.listdir(tmp_path) in ([], ["run"])
+
+
+def test_a_save_that_was_answered_while_it_was_copied_leaves_nothing_in_the_service(tmp_path):
+    def state(elements):
+        parameters = [torch.nn.Parameter(torch.randn(elements // 8)) for _ in range(8)]
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return {"p": torch.nn.ParameterList(parameters), "o": optimizer}
+
+    seen = []
+    with Saver(tmp_path, codec="none", hooks=[seen.append]) as saver:
+        small = state(8_000_000)
+        saver.save(1, small).result(PATIENCE_S)
+        for _ in range(5):  # the step exists: most are answered before the copy ends
+            with warnings.catch_warnings(action="ignore"):  # of the one before
+                assert saver.save(1, small).result(PATIENCE_S).skipped
+        with pytest.warns(RuntimeWarning, match="exists already"):
+            saver.save(2, state(40_000_000)).result(PATIENCE_S)  # larger: the arena is replaced, its descriptor closed
+        saver.save(3, small).result(PATIENCE_S)
+    assert not [event for event in seen if isinstance(event, events.ServiceRestarted)]

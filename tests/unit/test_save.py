@@ -24,7 +24,9 @@ def ledger(seen):
 
 
 def opened(ledger, step):
-    return ledger.open(step, time.perf_counter())
+    save = ledger.new(step, time.perf_counter())
+    ledger.open(save)
+    return save
 
 
 def fail(ledger, save, text="broken"):
