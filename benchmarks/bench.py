@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,7 +41,7 @@ def main() -> int:
         print(_listed())
         return 0
     if len(args.scenarios) != 1:
-        return _each_alone(args.scenarios or scenarios.names(full=args.full))
+        return _each_alone(args.json, args.scenarios or scenarios.names(full=args.full))
     choices = scenarios.Choices(
         folder=args.folder or (_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())),
         size=args.size,
@@ -75,10 +76,11 @@ def _begin_again(left_out: list[scenarios.LeftOut], folder: Path | None) -> NoRe
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:]])
 
 
-def _each_alone(names: tuple[str, ...]) -> int:
+def _each_alone(json_file: Path | None, names: tuple[str, ...]) -> int:
     """Every scenario in a process of its own: none measures what another left behind."""
     trained()  # before the first, so that it is not trained under a scenario's heading
-    options = [word for word in sys.argv[1:] if word not in names]
+    options = _options_alone(sys.argv[1:], names)
+    options += ["--json", str(json_file)] if json_file else []  # the last one counts: children run in another folder
     codes = []
     began = time.monotonic()
     for name in names:
@@ -87,6 +89,13 @@ def _each_alone(names: tuple[str, ...]) -> int:
         codes.append(_run(command))
     print(f"{time.monotonic() - began:5.0f} s  all", file=sys.stderr, flush=True)
     return max(codes)
+
+
+def _options_alone(words: list[str], names: Sequence[str]) -> list[str]:
+    """Without the scenarios, of which some are named like a store or a loop."""
+    values = {"--rounds", "--size", "--peers", "--loop", "--store", "--folder", "--json"}
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if before in values or word not in (*names, "--")]
 
 
 def _run(command: list[str]) -> int:
@@ -129,6 +138,8 @@ def _arguments() -> argparse.Namespace:
     args.json = args.json and args.json.absolute()
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json: {args.json} is a folder; give a file")
     return args
 
 

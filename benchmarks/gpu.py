@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from torch import nn
 
 import asyncckpt
 from asyncckpt.engine.choice import SETTLING_SAVES
+from asyncckpt.engine.cores import usable_cores
 from asyncckpt.events import SaveReport
 from benchmarks.measure import sync
+from benchmarks.peers.torch_save import without_crc32
 
 
 class Block(nn.Module):
@@ -59,13 +62,15 @@ class Training:
     def state(self) -> dict[str, object]:
         return {"model": self.model, "optimizer": self.optimizer}
 
-    def step(self) -> None:
+    def step(self, hold: Callable[[], object] = lambda: None) -> None:
+        """`hold` returns when parameters and moments may change."""
         starts = torch.randint(0, len(self.text) - self.length - 1, (self.batch,))
         rows = torch.stack([self.text[start : start + self.length + 1] for start in starts.tolist()]).long()
         with torch.autocast("cuda", torch.bfloat16):
             logits = self.model(rows[:, :-1])
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
         loss.backward()
+        hold()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -114,7 +119,6 @@ def ours(training: Training, folder: Path, *, overlap: bool, steps: int, interva
             with_save.append(time.perf_counter() - started)
             after_save += training.timed(interval - 1)
             reports.append(save.result())
-    saved = {name: value.clone() for name, value in training.model.state_dict().items()}
     started = time.perf_counter()
     restored = asyncckpt.restore(folder, training.state)
     torch.cuda.synchronize()
@@ -133,14 +137,13 @@ def ours(training: Training, folder: Path, *, overlap: bool, steps: int, interva
         "durable_s": statistics.median(report.total_s for report in reports),
         "ratio": reports[-1].stored_bytes / size,
         "restore_s": restore_s,
-        "restored_names": len(saved),
     }
 
 
-def exact(training: Training, folder: Path) -> None:
+def exact(training: Training, folder: Path, *, overlap: bool) -> None:
     """Bits saved are bits restored: save, step on, restore, compare."""
     shutil.rmtree(folder, ignore_errors=True)
-    with asyncckpt.Saver(folder) as saver:
+    with asyncckpt.Saver(folder, overlap=overlap) as saver:
         before = [value.clone() for value in training.model.parameters()]
         moments = [{k: v.clone() for k, v in entry.items()} for entry in training.optimizer.state.values()]
         saver.save(1, training.state)
@@ -160,47 +163,64 @@ def torch_save(training: Training, folder: Path) -> dict[str, object]:
     for _ in range(3):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        torch.save(
-            {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}, folder / "state.pt"
-        )
+        with without_crc32():
+            torch.save(
+                {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()},
+                folder / "state.pt",
+            )
         sync(folder)
         times.append(time.perf_counter() - started)
-    return {"system": "torch.save", "call_ms": statistics.median(times) * 1e3, "durable_s": statistics.median(times)}
+    started = time.perf_counter()
+    loaded = torch.load(folder / "state.pt", mmap=True, weights_only=True)
+    training.model.load_state_dict(loaded["model"])
+    training.optimizer.load_state_dict(loaded["optimizer"])
+    torch.cuda.synchronize()
+    restore_s = time.perf_counter() - started
+    durable_s = statistics.median(times)
+    return {"system": "torch.save", "call_ms": durable_s * 1e3, "durable_s": durable_s, "restore_s": restore_s}
 
 
 def dcp_async(training: Training, folder: Path) -> dict[str, object]:
     """dcp.async_save with pinned, asynchronous staging: its best documented setting for CUDA."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     stager = DefaultStager(StagingOptions(use_pinned_memory=True, use_shared_memory=True, use_async_staging=True))
     calls, with_save, durable = [], [], []
-    for number in range(6):
+    settles = SETTLING_SAVES + 1  # as many as ours has behind it
+    for number in range(settles + 6):
         target = folder / f"dcp-{number}"
+        shutil.rmtree(folder / f"dcp-{number - 1}", ignore_errors=True)
         torch.cuda.synchronize()
         started = time.perf_counter()
         model, optimizer = get_state_dict(training.model, training.optimizer)
         answer = dcp.async_save(
             {"model": model, "optimizer": optimizer},
-            storage_writer=dcp.FileSystemWriter(target),  # it syncs its files by itself
+            storage_writer=dcp.FileSystemWriter(target, thread_count=usable_cores()),  # it syncs its files by itself
             async_stager=stager,
             no_dist=True,
         )
         calls.append(time.perf_counter() - started)
-        if hasattr(answer, "staging_completion"):
-            answer.staging_completion.result()  # the optimizer may not step before
-        training.step()
+        staged = getattr(answer, "staging_completion", None)
+        training.step(staged.result if staged is not None else lambda: None)  # the optimizer may not step before
         torch.cuda.synchronize()
         with_save.append(time.perf_counter() - started)
         (answer.upload_completion if hasattr(answer, "upload_completion") else answer).result()
         sync(target)
         durable.append(time.perf_counter() - started)
-        shutil.rmtree(target)
     stager.close()
+    started = time.perf_counter()
+    model, optimizer = get_state_dict(training.model, training.optimizer)
+    dcp.load({"model": model, "optimizer": optimizer}, storage_reader=dcp.FileSystemReader(target), no_dist=True)
+    set_state_dict(training.model, training.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    torch.cuda.synchronize()
+    restore_s = time.perf_counter() - started
+    shutil.rmtree(target)
     found = {"call_ms": calls, "step_with_save_ms": with_save}
-    medians = {name: statistics.median(values[1:]) * 1e3 for name, values in found.items()}
-    return {"system": "dcp.async_save, pinned async staging", **medians, "durable_s": statistics.median(durable[1:])}
+    medians = {name: statistics.median(values[settles:]) * 1e3 for name, values in found.items()}
+    times = {"durable_s": statistics.median(durable[settles:]), "restore_s": restore_s}
+    return {"system": "dcp.async_save, pinned async staging", **medians, **times}
 
 
 def machine() -> dict[str, object]:
@@ -235,7 +255,8 @@ def main() -> int:
     rows: list[dict[str, object]] = [
         {"system": "no saving", "later_steps_ms": statistics.median(plain) * 1e3, "link_gbps": link}
     ]
-    exact(training, options.folder)
+    for overlap in (True, False):
+        exact(training, options.folder, overlap=overlap)
     attempts = [
         lambda: ours(training, options.folder, overlap=True, steps=options.saves, interval=4),
         lambda: ours(training, options.folder, overlap=False, steps=options.saves, interval=4),

@@ -54,6 +54,9 @@ TRAINED_BF16 = StateSpec("trained model, bf16 weights", dtype="bfloat16", adamw=
 TRAINED_BF16_ADAMW = StateSpec("trained model, bf16 + AdamW in bf16", dtype="bfloat16", repeated=False)
 
 
+ENDS = 64
+
+
 class State:
     """What a training loop would hand to `save()`. `objects`: by name."""
 
@@ -79,6 +82,12 @@ class State:
         frozen = {parameter.data_ptr() for parameter in self.model.parameters() if not parameter.requires_grad}
         tensors = [tensor for tensor in self.tensors() if tensor.data_ptr() not in frozen]
         torch._foreach_neg_([tensor for tensor in tensors if tensor.is_floating_point()])
+
+    def ends(self) -> list[torch.Tensor]:
+        """First and last element of up to `ENDS` tensors, as views: what `poke` writes."""
+        tensors = [tensor.view(-1) for tensor in self.tensors() if tensor.numel()]
+        chosen = tensors[:: -(-len(tensors) // ENDS)]
+        return [end for tensor in chosen for end in (tensor[:1], tensor[-1:])]
 
     @torch.no_grad()
     def scrub(self) -> None:
@@ -112,6 +121,12 @@ class State:
         """Positions of the tensors whose bits differ."""
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return [number for number, (mine, theirs) in enumerate(pairs) if not _same_bits(mine, theirs)]
+
+
+@torch.no_grad()
+def poke(ends: list[torch.Tensor], value: float) -> None:
+    """Write one value to all of them: half a millisecond."""
+    torch._foreach_copy_(ends, [end.new_full((1,), value) for end in ends])
 
 
 def build(spec: StateSpec) -> State:

@@ -3,9 +3,9 @@
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,11 @@ class Saving:
     """One save on its way. Every stamp is taken by the harness's clock, in seconds from the moment `save()` was called.
 
     An asynchronous system stamps on its own thread, at once, so that a busy main thread delays no stamp by its own slowness.
+    `on_staged`, if the harness sets it, runs right behind that stamp, and writes to the state: a system that stamps before its
+    snapshot is complete stores what it should not.
     """
+
+    on_staged: ClassVar[Callable[[], None] | None] = None
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -26,6 +30,7 @@ class Saving:
         self.staged_s = 0.0
         self.durable_s = 0.0
         self._error: BaseException | None = None
+        self._lock = threading.Lock()
         self._staged = threading.Event()
         self._durable = threading.Event()
         self._started_s = time.perf_counter()
@@ -36,18 +41,21 @@ class Saving:
 
     def staged(self, after_s: float | None = None, *, error: BaseException | None = None) -> None:
         """The snapshot is complete: the state may change. `after_s`: since when, if the news comes later."""
-        if not self._staged.is_set():  # news of the snapshot may come after news of the end
-            self.staged_s = time.perf_counter() - self._started_s if after_s is None else after_s
-            self._error = self._error or error
-            self._staged.set()
+        now_s = time.perf_counter() - self._started_s
+        with self._lock:
+            if not self._staged.is_set():  # news of the snapshot may come after news of the end
+                self.staged_s = now_s if after_s is None else after_s
+                self._error = self._error or error
+                self._now_staged()
 
     def durable(self, error: BaseException | None = None) -> None:
         """The checkpoint is complete and synced: a crash of the machine leaves it whole."""
         self.durable_s = time.perf_counter() - self._started_s
-        if not self._staged.is_set():
-            self.staged_s = self.durable_s
-        self._error = self._error or error
-        self._staged.set()
+        with self._lock:
+            self._error = self._error or error
+            if not self._staged.is_set():
+                self.staged_s = self.durable_s
+                self._now_staged()
         self._durable.set()
 
     def done(self) -> bool:
@@ -60,6 +68,11 @@ class Saving:
     def wait_durable(self) -> None:
         self._durable.wait()
         self._raise()
+
+    def _now_staged(self) -> None:
+        if Saving.on_staged is not None:
+            Saving.on_staged()
+        self._staged.set()
 
     def _raise(self) -> None:
         if self._error is not None:

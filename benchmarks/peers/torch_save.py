@@ -1,5 +1,10 @@
-"""`torch.save` to one file, then a sync: what most training scripts do. It blocks until the end."""
+"""`torch.save` to one file, then a sync: what most training scripts do. It blocks until the end.
 
+Without the CRC32 of each record (`torch.serialization.set_crc32_options(False)`), which takes more than half of its time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,12 +14,24 @@ from benchmarks.peers.base import Peer, Saving, leaf_paths
 from benchmarks.states import State
 
 
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """`torch.save` as fast as it can be; `torch.load` reads such files."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class TorchSave(Peer):
     name = "torch.save"
 
     def save(self, step: int, state: State) -> Saving:
         saving = Saving(step)
-        torch.save(state.state_dicts(), self._path(step))
+        with without_crc32():
+            torch.save(state.state_dicts(), self._path(step))
         sync_file(self._path(step))
         saving.durable()
         saving.returned()

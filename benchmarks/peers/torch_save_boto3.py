@@ -1,6 +1,6 @@
 """`torch.save` into a file in memory, then `upload_file` on a thread (`download_fileobj` to restore): the script that most people would write for S3.
 
-Both with their defaults: boto3 sends parts of 8 MiB on ten threads, with CRC32 (`boto3.s3.transfer.TransferConfig`, `botocore.config.Config`).
+`torch.save` without CRC32 of its own, boto3 with its defaults: it sends parts of 8 MiB on ten threads, with CRC32 (`boto3.s3.transfer.TransferConfig`, `botocore.config.Config`).
 The state may change as soon as `torch.save` has returned.
 """
 
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.peers import objects
 from benchmarks.peers.base import Peer, Saving
+from benchmarks.peers.torch_save import without_crc32
 from benchmarks.states import State
 from benchmarks.stores.base import Place
 
@@ -28,7 +29,8 @@ class TorchSaveBoto3(Peer):
     def save(self, step: int, state: State) -> Saving:
         saving = Saving(step)
         descriptor = os.memfd_create("checkpoint")
-        torch.save(state.state_dicts(), _path(descriptor))
+        with without_crc32():
+            torch.save(state.state_dicts(), _path(descriptor))
         saving.staged()
         self._thread.submit(self._upload, descriptor, saving)
         saving.returned()

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from asyncckpt.engine.choice import SETTLING_SAVES
 from benchmarks.loops import LOOPS, Loop, Window, no_barrier, quiet
 from benchmarks.measure import Observer, available_bytes
+from benchmarks.peers.base import Saving
 from benchmarks.results import Result
 from benchmarks.scenarios.base import (
     BitsDifferError,
@@ -27,7 +30,7 @@ from benchmarks.scenarios.base import (
 from benchmarks.scenarios.goals import OURS
 from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
 from benchmarks.scenarios.wire import plain_s, put_cpu_s
-from benchmarks.states import State, StateSpec, build
+from benchmarks.states import State, StateSpec, build, poke
 from benchmarks.stores.s3 import SinkStore
 
 AGAIN = 2  # times that a disturbed round is repeated
@@ -68,7 +71,7 @@ def growth(context: Run) -> list[Result]:
 def _compare(context: Run, spec: StateSpec) -> list[Result]:
     """A round of a system is a window in which nothing is saved (beside a busy loop), then saves: one, or beside a busy loop whole
     saves back to back for at least two seconds. Every save is restored and compared afterwards. The state's bytes change between
-    rounds. A system that cannot run is left out from there on, with its error; if that shows when it saves for the first time,
+    rounds, and some of them whenever a snapshot is said to be complete: who says so too early, or stores an older save again, is found out. A system that cannot run is left out from there on, with its error; if that shows when it saves for the first time,
     everything begins again without it, in a new process (`SystemFailedError`).
     """
     scenario = context.scenario
@@ -157,6 +160,26 @@ class _Bench:
     loop: Loop
     verifier: Verifier | None
     steps: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    ends: list[torch.Tensor] = field(init=False)
+    marks: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, 200)))  # exact in every dtype
+
+    def __post_init__(self) -> None:
+        self.ends = self.state.ends()
+
+    def mark(self) -> int:
+        """Make the state differ from what it was; the mark by which `poke` makes it the same again."""
+        mark = next(self.marks)
+        poke(self.ends, mark)
+        return mark
+
+    @contextlib.contextmanager
+    def written_when_staged(self, marks: list[int]) -> Iterator[None]:
+        """While this lasts the state changes whenever a system says that its snapshot is complete; each change is added to `marks`."""
+        Saving.on_staged = lambda: marks.append(self.mark())
+        try:
+            yield
+        finally:
+            Saving.on_staged = None
 
 
 def _begin(system: System, bench: _Bench, context: Run) -> None:
@@ -200,18 +223,21 @@ def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
     observer = Observer(system.servers)
     window, waits = Window(), _Waits()
     savings = []
+    marks = [bench.mark()]
     while not savings or (counted and not idle and window.elapsed_s < SAVING_S):
-        saving = peer.save(next(bench.steps), bench.state)
-        savings.append(saving)
-        window.run(loop, saving.done, no_barrier if peer.guards_steps else waits.barrier(saving.wait_staged))
-        saving.wait_durable()
+        with bench.written_when_staged(marks):
+            saving = peer.save(next(bench.steps), bench.state)
+            savings.append(saving)
+            window.run(loop, saving.done, no_barrier if peer.guards_steps else waits.barrier(saving.wait_staged))
+            saving.wait_durable()
         waits.next()
     observed = observer.stop()
     requests = system.store.requests() - requests
     connections = system.most_connections
     reports = getattr(peer, "reports", {})
     saves = []
-    for saving, waited_s in zip(savings, waits.each_s, strict=True):
+    for saving, waited_s, mark in zip(savings, waits.each_s, marks[:-1], strict=True):
+        poke(bench.ends, mark)
         hooked_s = reports[saving.step].hook_wait_s if saving.step in reports else 0.0
         saves.append(
             Save(
