@@ -13,12 +13,12 @@ import torch
 
 from asyncckpt import errors, events
 from asyncckpt.collector import seldom
-from asyncckpt.engine.catalog import read_index, read_record, read_values
+from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record, read_values
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
-from asyncckpt.options import S3Options, StepChoice
+from asyncckpt.options import Best, S3Options, StepChoice
 from asyncckpt.staging import bring, fetch_tensors, shown_progress
 from asyncckpt.state import tree as trees
 from asyncckpt.state.statefile import read_state
@@ -66,8 +66,8 @@ def restore(
     """
     with opened(url, store, hooks) as place:
         restored = restore_from(place, state, step=step, strict=strict, hooks=events.Hooks(tuple(hooks))).restored
-    if restored is None:
-        raise errors.CheckpointNotFoundError(f"no checkpoint for step={step!r} at {os.fspath(url)}")
+        if restored is None:
+            raise _nothing_to_choose(place, step, os.fspath(url))
     return restored
 
 
@@ -93,9 +93,23 @@ def load(
             return load_from(place, record, read_index(place, record), prefix, map_location=map_location, hooks=hook)
 
         found = first_good(place, step, hook, read)
-    if found is None:
-        raise errors.CheckpointNotFoundError(f"no checkpoint for step={step!r} at {os.fspath(url)}")
+        if found is None:
+            raise _nothing_to_choose(place, step, os.fspath(url))
     return found[0]
+
+
+def _nothing_to_choose(store: Store, step: StepChoice, url: str) -> errors.CheckpointNotFoundError:
+    """What there is instead: the way out depends on that."""
+    good = sorted(find_checkpoints(store).good)
+    if not good:
+        return errors.CheckpointNotFoundError(f"no checkpoint for step={step!r} at {url}: there is none at all yet")
+    last = ", ".join(map(str, good[-5:]))
+    way_out = 'take step="latest", or a step by its number'
+    if isinstance(step, Best):
+        way_out = f"none of them was saved with metrics={{{step.metric!r}: ...}}; {way_out}"
+    return errors.CheckpointNotFoundError(
+        f"no checkpoint for step={step!r} at {url}: {len(good)} are there (the last: {last}), but {way_out}"
+    )
 
 
 def restore_from(

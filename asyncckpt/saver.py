@@ -249,7 +249,7 @@ class Saver:
     def _check_usable(self) -> None:
         self._check_process()
         if self._closed:
-            raise errors.CheckpointError("this Saver is closed")
+            raise errors.CheckpointError("this Saver is closed; make another one from its url")
 
     def _full(self, step: int, started_s: float) -> Save:
         reason = f"all {self._launcher.pending} snapshot(s) are in flight"

@@ -59,7 +59,7 @@ class SmallTorch:
 
 
 class TrainingStep:
-    """Forward, backward and AdamW of a small GPT on the CPU, on all cores; tens of milliseconds."""
+    """Forward, backward and AdamW of a small GPT on the CPU, on all cores; a tenth of a second."""
 
     name = "train"
 

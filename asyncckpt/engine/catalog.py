@@ -1,5 +1,6 @@
 """What a store holds: which checkpoints, and their records, indexes and state files, verified."""
 
+import contextlib
 from dataclasses import dataclass
 
 from asyncckpt import errors
@@ -46,13 +47,24 @@ def _is_damaged(store: Store, step: int) -> bool:
     return mark == attempt.encode()
 
 
+def _instead(store: Store) -> str:
+    """The steps that could be asked for."""
+    with contextlib.suppress(errors.CheckpointError):  # the first error is the one to tell
+        found = (keys.parse_record_key(entry.key) for entry in store.list(delimiter=True))
+        steps = sorted(step for step in found if step is not None)
+        return f"; the last that are there: {', '.join(map(str, steps[-5:]))}" if steps else "; there is none at all"
+    return ""
+
+
 def read_record(store: Store, step: int) -> Record:
     """The record of a step; `CheckpointNotFoundError` if there is none."""
     key = keys.record_key(step)
     try:
         record = Record.parse(store.get(key, max_bytes=MAX_RECORD_BYTES), key)
     except errors.ObjectNotFoundError as error:
-        raise errors.CheckpointNotFoundError("there is no checkpoint of this step", step=step, key=key) from error
+        raise errors.CheckpointNotFoundError(
+            f"there is no checkpoint of this step{_instead(store)}", step=step, key=key
+        ) from error
     except errors.CheckpointError as error:
         error.at(step=step, key=key)
         raise

@@ -86,7 +86,7 @@ def _scenario(name: str, lines: Sequence[Line]) -> list[str]:
     where["main thread"] = [line.loop for line in lines]
     fixed = {title: words[0] for title, words in where.items() if len(set(words)) == 1}
     apart = [title for title in where if title not in fixed]
-    found = [f"## {name}", ". ".join(part for part in (about, _fixed(fixed)) if part) + "."]
+    found = [f"## {name}", ". ".join(part for part in (about, _fixed(fixed), *_reservations(lines)) if part) + "."]
     measured = [(number, line) for number, line in enumerate(lines) if line.measures]
     names = dict.fromkeys(measure for _, line in measured for measure in line.measures if measure not in _COUNTS)
     for columns in _cut(list(names)):
@@ -102,6 +102,23 @@ def _scenario(name: str, lines: Sequence[Line]) -> list[str]:
     ]
     goals = [f"- {_who(line, apart)}: {_verdict(goal)}" for line in lines for goal in line.goals]
     return found + (["\n".join(failed)] if failed else []) + (["\n".join(goals)] if goals else [])
+
+
+def _reservations(lines: Sequence[Line]) -> list[str]:
+    """What keeps the rows from being what the heading says, or from being beside each other."""
+    found = []
+    if factors := {line.settings.get("size", 1) for line in lines} - {1}:
+        found.append(f"**The states have {', '.join(f'{factor:g}' for factor in sorted(factors))} times their bytes**")
+    machines: dict[str, list[str]] = {}
+    commits: dict[str, list[str]] = {}
+    for line in lines:
+        machines.setdefault(_machine(line.machine), []).append(line.peer)
+        commits.setdefault(f"{line.machine.get('commit', 'unknown')} of {line.date[:10]}", []).append(line.peer)
+    for what, groups in (("machines", machines), ("commits", commits)):
+        if len(groups) > 1:
+            rows = "; ".join(f"{name}: {', '.join(dict.fromkeys(peers))}" for name, peers in groups.items())
+            found.append(f"**The rows are of several {what}** ({rows.rstrip('.')})")
+    return found
 
 
 def _fixed(words: dict[str, str]) -> str:

@@ -112,6 +112,18 @@ def test_of_two_runs_of_the_same_the_last_one_counts(tmp_path, capsys):
     assert "1 earlier line(s)" in document
 
 
+def test_a_table_says_that_its_states_are_smaller_and_its_rows_of_several_machines_or_commits(tmp_path, capsys):
+    plain = text(write(tmp_path / "plain.jsonl", row(), row(peer="torch.save")), capsys)
+    assert "times their bytes" not in plain
+    assert "of several" not in plain
+    other = MACHINE | {"cpu": "another processor", "commit": "fedcba987654"}
+    mixed = [row(settings={"raw_bytes": 10**8, "size": 0.1}), row(peer="torch.save", machine=other)]
+    said = text(write(tmp_path / "mixed.jsonl", *mixed), capsys)
+    assert "The states have 0.1 times their bytes" in said
+    assert "The rows are of several machines" in said
+    assert "0123456789ab of 2026-11-21: asyncckpt; fedcba987654 of 2026-11-21: torch.save" in said
+
+
 def test_states_of_one_name_and_several_sizes_are_told_apart(tmp_path, capsys):
     sizes = [row(settings={"raw_bytes": size}) for size in (3 * 10**8, 4 * 10**9)]
     document = text(write(tmp_path / "r", *sizes), capsys)

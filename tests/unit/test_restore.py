@@ -566,3 +566,13 @@ def test_what_is_whole_at_the_second_reading_is_not_given_up():
     assert restored.restored.step == 20
     assert restored.damaged == ()
     assert contents(state) == contents(training(20))
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are():
+    with pytest.raises(errors.CheckpointNotFoundError, match="there is none at all"):
+        restore(URL, {}, store=MemoryStore())
+    store = stored_run(5, 10)
+    with pytest.raises(errors.CheckpointNotFoundError, match="the last that are there: 5, 10"):
+        restore(URL, {}, step=7, store=store)
+    with pytest.raises(errors.CheckpointNotFoundError, match=r"2 are there \(the last: 5, 10\).*metrics=\{'val_loss'"):
+        restore(URL, {}, step=Best("val_loss"), store=store)
