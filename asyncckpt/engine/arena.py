@@ -8,8 +8,10 @@ import contextlib
 import ctypes
 import mmap
 import os
+import queue
 import sys
 import threading
+import time
 from collections.abc import Collection
 
 _MADV_HUGEPAGE = 14
@@ -127,15 +129,22 @@ class ArenaPool:
         self._free: list[Arena] = []
         self._in_flight: dict[int, Arena] = {}
         self._next = 0
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(
-            self._lock
-        )  # entered through its lock: Ctrl-C inside a Condition's own `__enter__` leaves it locked
+        # no Condition: Ctrl-C inside its `__enter__` or `wait`, which are Python code, would leave it locked, or unlocked too often
+        self._lock = threading.Lock()
+        self._returned: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until `take` would succeed, or for `timeout` seconds; whether it would."""
-        with self._lock:
-            return self._changed.wait_for(lambda: len(self._in_flight) < self._count, timeout)
+        deadline_s = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if len(self._in_flight) < self._count:
+                    return True
+            left_s = None if deadline_s is None else deadline_s - time.monotonic()
+            try:
+                self._returned.get(timeout=left_s if left_s is None else max(0.0, left_s))
+            except queue.Empty:
+                return False
 
     def take(self, size_bytes: int, *, make_bytes: int = 0) -> tuple[Arena, list[Arena]] | None:
         """An arena of at least `size_bytes`, and the arenas it replaces (the caller closes them); None if all are in flight.
@@ -163,7 +172,8 @@ class ArenaPool:
         with self._lock:
             if self._in_flight.pop(arena.number, None) is not None:
                 self._free.append(arena)
-                self._changed.notify_all()
+                if self._returned.qsize() < self._count:  # nobody waits: they would heap up
+                    self._returned.put(None)
 
     def keep_only(self, arenas: Collection[Arena]) -> None:
         """Give back what is in flight and none of these: an interrupt may come between the taking and the use."""
