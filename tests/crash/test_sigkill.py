@@ -4,6 +4,7 @@ Afterwards every checkpoint that is listed restores bit for bit, none that was a
 step by step, the run that was never killed.
 """
 
+import itertools
 import signal
 import time
 
@@ -97,6 +98,10 @@ class Chain:
         asyncckpt.restore(self.url, {**training.state, "noise": noise}, step=step, store=self.store)
         assert fingerprint([training.facts(), noise]) == self.fingerprints[step], f"step {step} differs"
 
+    def missed(self):
+        """Of each kill, whether it came before the commit of the save that it was aimed at."""
+        return [after < before + 3 for before, after in itertools.pairwise(self.outcomes)]
+
     def check_all(self):
         """Whatever is listed is whole."""
         with Run(self.url, store=self.store) as run:
@@ -122,11 +127,17 @@ def test_the_trainer_is_killed_at_twenty_moments_of_a_save(warm, tmp_path):
 
 def test_trainer_service_and_workers_are_killed_together_at_twenty_moments_of_a_save(warm, tmp_path):
     chain = Chain(warm, str(tmp_path))
-    for delay_s in moments(MOMENTS, chain.save_s()):
+    save_s = chain.save_s()
+    for delay_s in moments(MOMENTS, save_s):
         chain.kill_at(delay_s, everything=True)
+    for doublings in range(
+        3, 8
+    ):  # beside busy neighbours a young trainer may be much slower than the one that was timed
+        if not all(chain.missed()):
+            break
+        chain.kill_at(2**doublings * save_s, everything=True)
     chain.check_all()
-    targets = [before + 3 for before in chain.outcomes[:-1]]
-    missed = [after < target for after, target in zip(chain.outcomes[1:], targets, strict=True)]
+    missed = chain.missed()
     assert any(missed), "every kill came behind the commit"
     assert not all(missed), "every kill came before the commit"
     with Run(tmp_path) as run:
