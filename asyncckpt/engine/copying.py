@@ -1,6 +1,6 @@
 """How far snapshots have come that are still being taken, so that what is complete of them is stored already.
 
-The trainer's copy writes into the arena how many shards it has filled (`Arena.mark`), between the tensors and without the GIL. A
+The trainer's copy writes into the arena how many shards it has filled (`Arena.counter_offset`), between the tensors and without the GIL. A
 message for each shard would cost a busy trainer 5 ms of waiting for the GIL.
 """
 
