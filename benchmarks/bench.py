@@ -61,7 +61,7 @@ def main() -> int:
     print(results.table(found) + "\n", flush=True)
     if args.json:
         results.append(args.json, found, trained().source)
-    missed = [goal for result in found for goal in result.goals if not goal.met]
+    missed = [goal for result in found for goal in result.goals if goal.met is False]
     broken = [result for result in found if result.error and result.peer.startswith("asyncckpt")]
     return 1 if broken or (args.assert_goals and missed) else 0
 
@@ -135,6 +135,10 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.scenarios) - set(scenarios.NAMES):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
+    for name in args.scenarios:
+        known = scenarios.peers_of(name)
+        if strange := [peer for peer in args.peers or () if peer not in known]:
+            parser.error(f"{', '.join(strange)}: not in scenario {name}, which has {', '.join(known)}")
     args.json = args.json and args.json.absolute()
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.parent}")

@@ -22,19 +22,23 @@ _OTHERS = ("torch_checkpointing", "s3torchconnector", "zipnn")  # of the extra `
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure must be. `at_least`: the figure must not be below the limit, otherwise not above it."""
+    """What a figure must be. `at_least`: the figure must not be below the limit, otherwise not above it. No `value`: it was not judged."""
 
     text: str
-    value: float
+    value: float | None
     limit: float
     at_least: bool = False
 
     @property
-    def met(self) -> bool:
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
+        if self.value is None:
+            return f"----  {self.text}: not judged, a figure that it needs is missing ({sign} {self.limit:g})"
         return f"{'met ' if self.met else 'MISS'}  {self.text}: {self.value:.4g} {sign} {self.limit:g}"
 
     def to_json(self) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from asyncckpt.engine.arena import read_counter
 from asyncckpt.engine.schedule import Schedule
 
 _POLL_S = 0.001
-_BUSY_S = 0.05  # until cores are looked at again: each look takes the time of one that is busy
-_SLOW_POLL_S = 0.05
+_SLOW_POLL_S = 0.05  # where nothing moves, or no core is idle: each look takes the time of one that is busy
 _LONG_S = 2.0  # without progress: the trainer was stopped, or waits for memory
 
 
@@ -34,9 +33,8 @@ class Copying:
         """When to look again."""
         if not self._arenas:
             return float("inf")
-        if self._backed_off:
-            return _BUSY_S
-        return _POLL_S if time.monotonic() - self._moved_s < _LONG_S else _SLOW_POLL_S
+        stands = time.monotonic() - self._moved_s >= _LONG_S
+        return _SLOW_POLL_S if self._backed_off or stands else _POLL_S
 
     def add(self, number: int, fd: int, size_bytes: int) -> None:
         """A snapshot has begun in this arena."""

@@ -6,7 +6,7 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,10 @@ def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> boo
     return runnable - 1 - own + encoders < cores
 
 
-def may_encode_more(seats: Iterable[Seat]) -> bool:
+def may_encode_more(seats: Collection[Seat]) -> bool:
     """Whether those who are not ours leave a core to one more encoder, at this moment."""
-    own, encoders = 0, 0
-    for seat in seats:
-        own += seat.runnable_threads()
-        encoders += seat.encoding
+    own = sum(seat.runnable_threads() for seat in seats)
+    encoders = sum(seat.encoding for seat in seats)
     return room_for_one_more(runnable_threads(), own, encoders, os.cpu_count() or 1)
 
 

@@ -17,13 +17,13 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A goal and the figure held against it."""
+    """A goal and the figure held against it; None: it was not judged, because a figure was missing."""
 
     text: str
-    value: float
+    value: float | None
     limit: float
     at_least: bool
-    met: bool
+    met: bool | None
 
 
 @dataclass(frozen=True, slots=True)

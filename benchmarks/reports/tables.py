@@ -56,19 +56,18 @@ def _machine(machine: dict[str, Any]) -> str:
 
 
 def _goals(lines: Sequence[Line]) -> list[str]:
-    missed = [(line, goal) for line in lines for goal in line.goals if not goal.met]
-    count = sum(len(line.goals) for line in lines)
-    if not count:
+    goals = [(line, goal) for line in lines for goal in line.goals]
+    if not goals:
         return []
-    summary = f"**Goals: {count - len(missed)} of {count} met.**"
-    if missed:
-        names = [f"- {line.scenario}, {line.peer}, {line.state}: {_verdict(goal)}" for line, goal in missed]
-        summary += "\n\n" + "\n".join(names)
-    return [summary]
+    summary = f"**Goals: {sum(bool(goal.met) for _, goal in goals)} of {len(goals)} met.**"
+    others = [f"- {line.scenario}, {line.peer}, {line.state}: {_verdict(goal)}" for line, goal in goals if not goal.met]
+    return [summary + ("\n\n" + "\n".join(others) if others else "")]
 
 
 def _verdict(goal: Verdict) -> str:
     sign = ">=" if goal.at_least else "<="
+    if goal.value is None:
+        return f"not judged, a figure was missing: {goal.text} {sign} {_plain(goal.limit)}"
     return f"{'met' if goal.met else '**missed**'}: {goal.text}: {_plain(goal.value)} {sign} {_plain(goal.limit)}"
 
 

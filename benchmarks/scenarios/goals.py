@@ -29,26 +29,25 @@ class GoalSpec:
 
 
 def judge(spec: GoalSpec, results: Sequence[Result]) -> Goal | None:
-    """The goal on these results of one state; None when a figure that it needs was not measured."""
-    by_peer = {result.peer: result for result in results}
-    if spec.peer not in by_peer:
+    """The goal on these results of one state, without a value when a figure that it needs is missing; None: the system is not there."""
+    own = next((result for result in results if result.peer == spec.peer), None)
+    if own is None:
         return None
-    value = figure(by_peer[spec.peer], spec.measure)
-    if value is None:
-        return None
-    if spec.of is not None:
-        other = figure(by_peer[spec.peer], spec.of)
-        if not other:
-            return None
-        value /= other
+    return Goal(spec.text, _value(spec, own, results), spec.limit, spec.at_least)
+
+
+def _value(spec: GoalSpec, own: Result, results: Sequence[Result]) -> float | None:
+    value = figure(own, spec.measure)
+    divisors = [figure(own, spec.of)] if spec.of is not None else []
     if spec.against:
         rivals = [figure(result, spec.measure) for result in results if _is_meant(result, spec.against)]
         measured = [rival for rival in rivals if rival is not None]
-        if not measured:
+        divisors.append((max if spec.at_least else min)(measured, default=None))
+    for divisor in divisors:
+        if value is None or not divisor:
             return None
-        best = max(measured) if spec.at_least else min(measured)
-        value = value / best if best else float("inf")
-    return Goal(spec.text, value, spec.limit, spec.at_least)
+        value /= divisor
+    return value
 
 
 def figure(result: Result, measure: str) -> float | None:

@@ -110,11 +110,26 @@ def test_a_goal_may_divide_by_another_measure_of_the_same_system():
     assert goal.met
 
 
-def test_a_goal_without_its_figures_is_not_judged():
+def test_a_goal_without_its_figures_is_listed_and_neither_met_nor_missed():
     results = [one("asyncckpt", durable_s=1.0)]
-    assert judge(GoalSpec("durable", "durable_s", 1.0, against=(ASYNCHRONOUS,)), results) is None
-    assert judge(GoalSpec("restore", "restore_s", 1.0), results) is None
+    goal = judge(GoalSpec("durable", "durable_s", 1.0, against=(ASYNCHRONOUS,)), results)
+    assert goal is not None
+    assert (goal.value, goal.met) == (None, None)
+    assert "not judged" in str(goal)
+    assert judge(GoalSpec("restore", "restore_s", 1.0), results) == Goal("restore", None, 1.0)
     assert judge(GoalSpec("durable", "durable_s", 1.0, peer="asyncckpt-none"), results) is None
+
+
+def test_a_peer_that_a_scenario_does_not_know_is_refused_with_those_it_knows():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench", "idle", "--peers", "zipnn"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "zipnn: not in scenario idle, which has asyncckpt, " in done.stderr
 
 
 # -- samples
@@ -285,7 +300,9 @@ def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
         assert line["machine"]["cores"]
     assert 1 <= lines[0]["measures"]["durable_s"]["samples"] <= 3, "a disturbed round is repeated, twice at most"
     assert lines[0]["settings"]["asynchronous"] is True
-    assert {goal["text"] for goal in lines[0]["goals"]} == {"restore, verified, of torch.load(mmap=True)'s"}
+    judged = {goal["text"] for goal in lines[0]["goals"] if goal["value"] is not None}
+    assert judged == {"restore, verified, of torch.load(mmap=True)'s"}
+    assert {goal["met"] for goal in lines[0]["goals"] if goal["text"] not in judged} == {None}
     assert len(lines[2]["series"]["memory_bytes_over_saves"]) == 2
     assert not list(folder.iterdir()), "nothing is left behind"
 

@@ -82,13 +82,15 @@ def test_dropped_samples_are_shown_beside_the_saves(tmp_path, capsys):
     assert cells(text(write(tmp_path / "r", row(measures=measures)), capsys), "asyncckpt")[-1] == "5 (2)"
 
 
-def test_a_missed_goal_is_told_at_the_top_and_in_its_scenario(tmp_path, capsys):
+def test_a_goal_that_was_not_met_is_told_at_the_top_and_in_its_scenario(tmp_path, capsys):
     goals = [
         {"text": "durable, of the best peer's", "value": 1.2, "limit": 1.0, "at_least": False, "met": False},
         {"text": "main loop's speed", "value": 0.98, "limit": 0.97, "at_least": True, "met": True},
+        {"text": "of the other's", "value": None, "limit": 1.0, "at_least": False, "met": None},
     ]
     document = text(write(tmp_path / "r", row(goals=goals)), capsys)
-    assert "**Goals: 1 of 2 met.**" in document
+    assert "**Goals: 1 of 3 met.**" in document
+    assert document.count("not judged, a figure was missing: of the other's <= 1") == 2
     assert document.count("**missed**: durable, of the best peer's: 1.2 <= 1") == 2
     assert "- asyncckpt: met: main loop's speed: 0.98 >= 0.97" in document
 
