@@ -71,4 +71,6 @@ def snapshot(value):
         return (type(value).__name__, [(key, snapshot(inner)) for key, inner in value.items()])
     if isinstance(value, list | tuple) and type(value) is not torch.Size:
         return (type(value).__name__, [snapshot(inner) for inner in value])
+    if isinstance(value, set):  # the order of equal sets may differ
+        return (set, sorted((type(inner).__name__, repr(inner)) for inner in value))
     return (type(value), repr(value))
