@@ -111,14 +111,16 @@ class Launcher:
 
     def provide(self, state: Mapping[str, Any]) -> None:
         """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""
-        planned = self._planner.next(self._flattener.flatten(state).structure)
+        flat = self._flattener.flatten(state)
+        planned = self._planner.next(flat.structure)
+        device = next((tensor.device for tensor in flat.tensors if tensor.is_cuda), None)
         self._planner.ahead(planned.structure)
         self._engine_started()
         fresh: list[Arena] = []
         while len(fresh) < self.pending and (arena := self._take(planned.plan)) is not None:
             fresh.append(arena)
         thread = threading.Thread(
-            target=_touch, args=(self._copier, planned.plan, fresh), name="asyncckpt-touch", daemon=True
+            target=_touch, args=(self._copier, planned.plan, fresh, device), name="asyncckpt-touch", daemon=True
         )
         thread.start()
         self._touching.append(thread)
@@ -275,11 +277,11 @@ def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:
     return staged and error is not None and not isinstance(error, errors.CheckpointConflictError)
 
 
-def _touch(copier: Copier, layout: Plan, arenas: list[Arena]) -> None:
+def _touch(copier: Copier, layout: Plan, arenas: list[Arena], device: torch.device | None) -> None:
     for arena in arenas:
         arena.touch()
         with contextlib.suppress(ValueError):  # closed meanwhile: a larger state took its place
-            copier.prepare(layout, arena)
+            copier.prepare(layout, arena, device)
 
 
 @functools.cache

@@ -121,7 +121,7 @@ class Seats:
     def __len__(self) -> int:
         return len(self._seats)
 
-    def __contains__(self, seat: Seat) -> bool:
+    def __contains__(self, seat: object) -> bool:
         return seat in self._seats
 
     @property

@@ -1,6 +1,7 @@
 """What a snapshot needs of CUDA: page-locked arenas and one side stream a device.
 
-Nothing here is called unless a state holds CUDA tensors.
+Nothing here but `capturing` is called unless a state holds CUDA tensors. Whatever is called names its device: the copy thread's current
+one is device 0, and a call that meant it would make a context there, on the device of another rank.
 """
 
 import logging
@@ -36,7 +37,8 @@ class Lane:
         """Enqueue the rest; the event has passed when every byte of this lane is in the arena."""
         self._enqueue(targets, sources)
         event = torch.cuda.Event(blocking=True)  # whoever waits sleeps instead of spinning
-        event.record(self._stream)
+        with torch.cuda.device(self._device):
+            event.record(self._stream)
         return event
 
     def hold(self, event: torch.cuda.Event) -> None:
@@ -46,7 +48,7 @@ class Lane:
     def _enqueue(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         if not sources:
             return
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
         for source in sources:  # its memory is not given to others before the copy has passed
             source.record_stream(self._stream)
@@ -56,19 +58,20 @@ class Pins:
     """Page-locks arenas. Where that fails, copies go through pageable memory: slower, and warned about once."""
 
     def __init__(self) -> None:
-        self._pinned: dict[int, int] = {}
+        self._pinned: dict[int, torch.device] = {}
         self._failed = False
 
-    def pin(self, arena: Arena) -> None:
-        """Page-lock the arena unless it is; touches all its pages, 0.3 s a GB."""
+    def pin(self, arena: Arena, device: torch.device) -> None:
+        """Page-lock the arena, through this device and for all, unless it is; touches all its pages, 0.3 s a GB."""
         if arena.address in self._pinned or self._failed:
             return
-        code = int(torch.cuda.cudart().cudaHostRegister(arena.address, arena.bytes, _PORTABLE))
-        if code == 0:
-            self._pinned[arena.address] = arena.bytes
-            return
-        self._failed = True
-        _clear_last_error()
+        with torch.cuda.device(device):
+            code = int(torch.cuda.cudart().cudaHostRegister(arena.address, arena.bytes, _PORTABLE))
+            if code == 0:
+                self._pinned[arena.address] = device
+                return
+            self._failed = True
+            _clear_last_error()
         _LOG.warning(
             "could not page-lock %d bytes of host memory (CUDA error %d): snapshots go through pageable memory and are "
             "slower. Raise the locked-memory limit (ulimit -l) or give the job more host memory.",
@@ -78,8 +81,10 @@ class Pins:
 
     def unpin(self, arena: Arena) -> None:
         """Undo `pin`; no copy into the arena may be in flight."""
-        if self._pinned.pop(arena.address, None) is not None:
-            torch.cuda.cudart().cudaHostUnregister(arena.address)
+        device = self._pinned.pop(arena.address, None)
+        if device is not None:
+            with torch.cuda.device(device):
+                torch.cuda.cudart().cudaHostUnregister(arena.address)
 
 
 def capturing() -> bool:

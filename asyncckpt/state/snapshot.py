@@ -62,12 +62,12 @@ class Copier:
         self._closed = False
         self._forks = gate.forks
 
-    def prepare(self, plan: "Plan", arena: Arena) -> None:
-        """Do ahead, on any thread, what the first copy into this arena must do: views; page-locking if CUDA is in use."""
+    def prepare(self, plan: "Plan", arena: Arena, device: torch.device | None = None) -> None:
+        """Do ahead, on any thread, what the first copy into this arena must do: views; page-locking for a CUDA device of the state."""
         with self._lock:
             self._views.of(arena, plan)
-            if torch.cuda.is_initialized():
-                self._pins.pin(arena)
+            if device is not None:
+                self._pins.pin(arena, device)
 
     def copy(
         self,
@@ -165,7 +165,7 @@ class Copier:
             lanes.append(self._lanes[part.device])
         with self._lock:
             if lanes:
-                self._pins.pin(arena)
+                self._pins.pin(arena, parts.lanes[0].device)
             targets = self._views.of(arena, plan)
         return Work(parts, flat.tensors, targets, arena, lanes, flat.structure.path)
 

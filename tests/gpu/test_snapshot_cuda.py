@@ -1,10 +1,14 @@
 """Snapshots of CUDA tensors. Imports only what these tests need: the format's and the stores' libraries may be missing."""
 
 import gc
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -154,8 +158,28 @@ def test_the_arena_is_page_locked_once_and_unlocked_when_forgotten() -> None:
     rig.assert_exact(rig.save())
     rig.copier.forget(rig.arena)
     assert not view.is_pinned()
-    rig.copier.prepare(rig.plan, rig.arena)
+    rig.copier.prepare(rig.plan, rig.arena, torch.device("cuda", 0))
     assert rig.copier._views.of(rig.arena, rig.plan)[0].is_pinned()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_rank_on_the_second_device_makes_no_context_on_the_first(tmp_path: Path) -> None:
+    script = """
+        import sys, torch, asyncckpt
+        torch.cuda.set_device(1)
+        model = torch.nn.Linear(64, 64).cuda()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        state = {"model": model, "optimizer": optimizer}
+        with asyncckpt.Saver(sys.argv[1]) as saver:
+            saver.prepare(state)
+            saver.save(1, state)
+            optimizer.step()
+            saver.wait()
+        assert not torch._C._cuda_hasPrimaryContext(0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path], check=True, timeout=PATIENCE_S)
 
 
 def test_memory_that_cannot_be_page_locked_is_used_as_it_is_with_one_warning(
@@ -178,8 +202,8 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is_with_one_warning(
 def test_a_real_failure_to_page_lock_leaves_no_error_for_the_next_kernel() -> None:
     rig = Rig([torch.randn(100, device="cuda")])
     twin = Copier()
-    twin._pins.pin(rig.arena)
-    rig.copier._pins.pin(rig.arena)  # registered already: refused by the driver
+    twin._pins.pin(rig.arena, torch.device("cuda", 0))
+    rig.copier._pins.pin(rig.arena, torch.device("cuda", 0))  # registered already: refused by the driver
     torch.ones(10, device="cuda").add_(1)
     torch.cuda.synchronize()
     rig.assert_exact(rig.save())
