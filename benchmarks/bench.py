@@ -41,7 +41,7 @@ def main() -> int:
         print(_listed())
         return 0
     if len(args.scenarios) != 1:
-        return _each_alone(args.json, args.scenarios or scenarios.names(full=args.full))
+        return _each_alone(args, args.scenarios or _suited(args))
     choices = scenarios.Choices(
         folder=args.folder or (_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())),
         size=args.size,
@@ -76,19 +76,30 @@ def _begin_again(left_out: list[scenarios.LeftOut], folder: Path | None) -> NoRe
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:]])
 
 
-def _each_alone(json_file: Path | None, names: tuple[str, ...]) -> int:
+def _suited(args: argparse.Namespace) -> list[str]:
+    """The scenarios of the set that can do what the options ask for."""
+    names = scenarios.names(full=args.full)
+    left_out = {name: why for name in names if (why := scenarios.refusal(name, args.loop, args.store, args.peers))}
+    for name, why in left_out.items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
+    return [name for name in names if name not in left_out]
+
+
+def _each_alone(args: argparse.Namespace, names: Sequence[str]) -> int:
     """Every scenario in a process of its own: none measures what another left behind."""
     trained()  # before the first, so that it is not trained under a scenario's heading
     options = _options_alone(sys.argv[1:], names)
-    options += ["--json", str(json_file)] if json_file else []  # the last one counts: children run in another folder
+    options += ["--json", str(args.json)] if args.json else []  # the last one counts: children run in another folder
     codes = []
     began = time.monotonic()
     for name in names:
         print(f"{time.monotonic() - began:5.0f} s  {name}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "benchmarks.bench", *options, "--", name]
+        known = [peer for peer in args.peers or () if peer in scenarios.peers_of(name)]
+        own = ["--peers", ",".join(known)] if known else []
+        command = [sys.executable, "-m", "benchmarks.bench", *options, *own, "--", name]
         codes.append(_run(command))
     print(f"{time.monotonic() - began:5.0f} s  all", file=sys.stderr, flush=True)
-    return max(codes)
+    return int(any(codes))  # one that was killed has a negative one
 
 
 def _options_alone(words: list[str], names: Sequence[str]) -> list[str]:
@@ -136,9 +147,8 @@ def _arguments() -> argparse.Namespace:
     if unknown := set(args.scenarios) - set(scenarios.NAMES):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     for name in args.scenarios:
-        known = scenarios.peers_of(name)
-        if strange := [peer for peer in args.peers or () if peer not in known]:
-            parser.error(f"{', '.join(strange)}: not in scenario {name}, which has {', '.join(known)}")
+        if why := scenarios.refusal(name, args.loop, args.store, args.peers, every=True):
+            parser.error(f"scenario {name}: {why}")
     args.json = args.json and args.json.absolute()
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.parent}")

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ __all__ = [
     "SystemFailedError",
     "names",
     "peers_of",
+    "refusal",
     "run",
 ]
 
@@ -38,6 +40,21 @@ def names(*, full: bool) -> tuple[str, ...]:
 def peers_of(name: str) -> tuple[str, ...]:
     """Whom a scenario can measure."""
     return CODECS if SCENARIOS[name].kind == "codec" else peers.NAMES
+
+
+def refusal(
+    name: str, loop: str | None, store: str | None, asked: Sequence[str] | None, *, every: bool = False
+) -> str | None:
+    """Why a scenario cannot do what is asked for; None: it can. `every`: all the peers, instead of one of them at least."""
+    kind = SCENARIOS[name].kind
+    if loop is not None and kind in ("memory", "codec"):
+        return "its main thread does nothing else (--loop)"
+    if store is not None and kind == "codec":
+        return "it stores nothing (--store)"
+    strange = [peer for peer in asked or () if peer not in peers_of(name)]
+    if strange and (every or len(strange) == len(asked or ())):
+        return f"no {', '.join(strange)}; it has {', '.join(peers_of(name))}"
+    return None
 
 
 def run(name: str, choices: Choices) -> list[Result]:

@@ -93,7 +93,7 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
                     _begin(opened[name], bench, context)
                 _begin_again_without(name, kept.error, context, spec)
         for number in range(1, scenario.rounds + 1):
-            for name, system in opened.items():
+            for name, system in _rotated(opened, number - 1):
                 kept = samples[name]
                 if kept.error is not None:
                     continue
@@ -125,6 +125,12 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
         )
         for name, kept in samples.items()
     ]
+
+
+def _rotated(opened: dict[str, System], by: int) -> list[tuple[str, System]]:
+    """Another one begins in every round."""
+    order = list(opened.items())
+    return order[by % len(order) :] + order[: by % len(order)] if order else []
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def test_a_peer_that_a_scenario_does_not_know_is_refused_with_those_it_knows():
         check=False,
     )
     assert done.returncode == 2
-    assert "zipnn: not in scenario idle, which has asyncckpt, " in done.stderr
+    assert "scenario idle: no zipnn; it has asyncckpt, " in done.stderr
 
 
 # -- samples
