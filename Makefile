@@ -52,7 +52,7 @@ demo: $(INSTALLED) ## kill a training run in the middle, resume it from S3, comp
 bench: $(INSTALLED) ## compare with other ways to save, in five and a half minutes; BENCH_ARGS="--help" tells more
 	$(BIN)/python -m benchmarks.bench $(BENCH_ARGS)
 
-bench-full: $(INSTALLED) ## every scenario, more systems and rounds: an hour and a half; the packages of the extra `bench` join if installed
+bench-full: $(INSTALLED) ## every scenario, more systems and rounds: almost two hours; the packages of the extra `bench` join if installed
 	$(BIN)/python -m benchmarks.bench --full $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that can be made again
