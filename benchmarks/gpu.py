@@ -1,6 +1,6 @@
 """What a save costs a training step on a CUDA device: copy rate, stall, step time, restore, peers beside.
 
-    python -m benchmarks.gpu --folder /dev/shm/bench --json benchmarks/results/gpu.jsonl
+    python -m benchmarks.gpu --folder /dev/shm --json benchmarks/results/gpu.jsonl
 
 Needs a CUDA device and says so without one. The model is a GPT trained in bf16 autocast with fp32 weights and AdamW on the
 standard library's source; host memory of about four times the state is needed.
@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,6 @@ def link_gbps() -> float:
 
 def ours(training: Training, folder: Path, *, overlap: bool, steps: int, interval: int) -> dict[str, object]:
     """Steps with a save every `interval`, each save waited for outside the steps; then a restore to the device."""
-    shutil.rmtree(folder, ignore_errors=True)
     reports: list[SaveReport] = []
     with asyncckpt.Saver(folder, overlap=overlap, keep=[asyncckpt.KeepLast(1)]) as saver:
         saver.prepare(training.state)
@@ -132,7 +132,6 @@ def ours(training: Training, folder: Path, *, overlap: bool, steps: int, interva
         "step_with_save_ms": statistics.median(with_save) * 1e3,
         "later_steps_ms": statistics.median(after_save) * 1e3,
         "staged_ms": statistics.median(report.staged_s for report in reports) * 1e3,
-        "hook_wait_ms": statistics.median(report.hook_wait_s for report in reports) * 1e3,
         "d2h_gbps": size / statistics.median(report.staged_s for report in reports) / 1e9,
         "durable_s": statistics.median(report.total_s for report in reports),
         "ratio": reports[-1].stored_bytes / size,
@@ -142,7 +141,6 @@ def ours(training: Training, folder: Path, *, overlap: bool, steps: int, interva
 
 def exact(training: Training, folder: Path, *, overlap: bool) -> None:
     """Bits saved are bits restored: save, step on, restore, compare."""
-    shutil.rmtree(folder, ignore_errors=True)
     with asyncckpt.Saver(folder, overlap=overlap) as saver:
         before = [value.clone() for value in training.model.parameters()]
         moments = [{k: v.clone() for k, v in entry.items()} for entry in training.optimizer.state.values()]
@@ -156,9 +154,15 @@ def exact(training: Training, folder: Path, *, overlap: bool) -> None:
     assert all(torch.equal(old[k], new[k]) for old, new in zip(moments, after, strict=True) for k in old)
 
 
+def verified(training: Training, folder: Path, *, overlap: bool, steps: int, interval: int) -> dict[str, object]:
+    """`ours`, once `exact` has held."""
+    exact(training, folder.with_name("exact"), overlap=overlap)
+    return ours(training, folder, overlap=overlap, steps=steps, interval=interval)
+
+
 def torch_save(training: Training, folder: Path) -> dict[str, object]:
     """The blocking way: torch.save of the same state to the same folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
     times = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -184,7 +188,7 @@ def dcp_async(training: Training, folder: Path, *, steps: int, interval: int) ->
     """dcp.async_save with pinned, asynchronous staging: its best documented setting for CUDA."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import get_state_dict
 
     stager = DefaultStager(StagingOptions(use_pinned_memory=True, use_shared_memory=True, use_async_staging=True))
     calls, with_save, after_save, durable = [], [], [], []
@@ -201,27 +205,25 @@ def dcp_async(training: Training, folder: Path, *, steps: int, interval: int) ->
             async_stager=stager,
             no_dist=True,
         )
+        upload = answer.upload_completion if hasattr(answer, "upload_completion") else answer
+        ended: list[float] = []
+        upload.add_done_callback(lambda _, ended=ended: ended.append(time.perf_counter()))
         calls.append(time.perf_counter() - started)
         staged = getattr(answer, "staging_completion", None)
         training.step(staged.result if staged is not None else lambda: None)  # the optimizer may not step before
         torch.cuda.synchronize()
         with_save.append(time.perf_counter() - started)
-        upload = answer.upload_completion if hasattr(answer, "upload_completion") else answer
-        ended: list[float] = []
-        upload.add_done_callback(lambda _, ended=ended: ended.append(time.perf_counter()))
         after_save.append(training.timed(interval - 1))
         upload.result()
         while not ended:  # the callback follows whoever waits for the result
             time.sleep(0.001)
         durable.append(ended[0] - started)
     stager.close()
-    started = time.perf_counter()
     model, optimizer = get_state_dict(training.model, training.optimizer)
+    started = time.perf_counter()
     dcp.load({"model": model, "optimizer": optimizer}, storage_reader=dcp.FileSystemReader(target), no_dist=True)
-    set_state_dict(training.model, training.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     torch.cuda.synchronize()
     restore_s = time.perf_counter() - started
-    shutil.rmtree(target)
     found = {"call_ms": calls, "step_with_save_ms": with_save}
     medians = {name: statistics.median(values[settles:]) * 1e3 for name, values in found.items()}
     later = [seconds for some in after_save[settles:] for seconds in some]
@@ -245,7 +247,9 @@ def machine() -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/asyncckpt-gpu"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/dev/shm"), help="a folder of this run's own is made below it"
+    )
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
@@ -262,31 +266,30 @@ def main() -> int:
     rows: list[dict[str, object]] = [
         {"system": "no saving", "later_steps_ms": statistics.median(plain) * 1e3, "link_gbps": link}
     ]
-    for overlap in (True, False):
-        exact(training, options.folder, overlap=overlap)
-    attempts: dict[str, Callable[[], dict[str, object]]] = {
-        "asyncckpt, overlapped": lambda: ours(training, options.folder, overlap=True, steps=options.saves, interval=4),
-        "asyncckpt, eager": lambda: ours(training, options.folder, overlap=False, steps=options.saves, interval=4),
-        "torch.save": lambda: torch_save(training, options.folder),
-        "dcp.async_save": lambda: dcp_async(training, options.folder, steps=options.saves, interval=4),
+    size = {"steps": options.saves, "interval": 4}
+    attempts: dict[str, Callable[[Path], dict[str, object]]] = {
+        "asyncckpt, overlapped": lambda place: verified(training, place, overlap=True, **size),
+        "asyncckpt, eager": lambda place: verified(training, place, overlap=False, **size),
+        "torch.save": lambda place: torch_save(training, place),
+        "dcp.async_save": lambda place: dcp_async(training, place, **size),
     }
+    options.folder.mkdir(parents=True, exist_ok=True)
     for system, attempt in attempts.items():
-        shutil.rmtree(options.folder, ignore_errors=True)  # what the one before has left there
         try:
-            rows.append(attempt())
+            with tempfile.TemporaryDirectory(prefix="asyncckpt-gpu-", dir=options.folder) as place:
+                rows.append(attempt(Path(place) / "checkpoints"))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # DCP's own error is no Exception
             rows.append({"system": system, "error": f"{type(error).__name__}: {error}"})
         print(json.dumps(rows[-1]), flush=True)
-    shutil.rmtree(options.folder, ignore_errors=True)
     rows[0]["later_steps_at_the_end_ms"] = statistics.median(training.timed(20)) * 1e3
     print(json.dumps(rows[0]))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         with options.json.open("a") as lines:
             lines.writelines(json.dumps({**machine(), **row}) + "\n" for row in rows)
-    return 0
+    return int(any("error" in row and str(row["system"]).startswith("asyncckpt") for row in rows))
 
 
 if __name__ == "__main__":
