@@ -128,6 +128,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m benchmarks.bench",
         description=f"{__doc__}\n{_listed()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `_options_alone` knows whole words
     )
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help="none: the quick set, or all with --full")
     parser.add_argument("--full", action="store_true", help="all scenarios, more systems, more rounds")

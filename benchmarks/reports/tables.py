@@ -59,7 +59,10 @@ def _goals(lines: Sequence[Line]) -> list[str]:
     goals = [(line, goal) for line in lines for goal in line.goals]
     if not goals:
         return []
-    summary = f"**Goals: {sum(bool(goal.met) for _, goal in goals)} of {len(goals)} met.**"
+    judged = [goal.met for _, goal in goals if goal.met is not None]
+    summary = f"**Goals: {sum(judged)} of {len(judged)} met.**"
+    if len(judged) < len(goals):
+        summary += f" {len(goals) - len(judged)} not judged."
     others = [f"- {line.scenario}, {line.peer}, {line.state}: {_verdict(goal)}" for line, goal in goals if not goal.met]
     return [summary + ("\n\n" + "\n".join(others) if others else "")]
 

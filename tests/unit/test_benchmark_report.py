@@ -89,7 +89,7 @@ def test_a_goal_that_was_not_met_is_told_at_the_top_and_in_its_scenario(tmp_path
         {"text": "of the other's", "value": None, "limit": 1.0, "at_least": False, "met": None},
     ]
     document = text(write(tmp_path / "r", row(goals=goals)), capsys)
-    assert "**Goals: 1 of 3 met.**" in document
+    assert "**Goals: 1 of 2 met.** 1 not judged." in document
     assert document.count("not judged, a figure was missing: of the other's <= 1") == 2
     assert document.count("**missed**: durable, of the best peer's: 1.2 <= 1") == 2
     assert "- asyncckpt: met: main loop's speed: 0.98 >= 0.97" in document
