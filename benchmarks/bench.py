@@ -14,7 +14,6 @@ nothing else: the row foreign_cores says how many cores other processes took mea
 import argparse
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import loops, peers, results, scenarios, stores
+from benchmarks.arguments import count, file_to_append_to, names_among, positive
 from benchmarks.trained import trained
 
 _ROOT = Path(__file__).parent.parent
@@ -133,16 +133,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help="none: the quick set, or all with --full")
     parser.add_argument("--full", action="store_true", help="all scenarios, more systems, more rounds")
     parser.add_argument("--list", action="store_true", help="scenarios, peers and stores")
-    parser.add_argument("--size", type=_positive, default=1.0, metavar="FACTOR", help="on the bytes of every state")
-    parser.add_argument("--rounds", type=_count, metavar="N", help="rounds, or saves, of every system")
-    parser.add_argument("--peers", type=_peers, metavar="A,B", help="systems, in their order")
+    parser.add_argument("--size", type=positive, default=1.0, metavar="FACTOR", help="on the bytes of every state")
+    parser.add_argument("--rounds", type=count, metavar="N", help="rounds, or saves, of every system")
+    parser.add_argument(
+        "--peers", type=names_among({*peers.NAMES, *scenarios.CODECS}), metavar="A,B", help="systems, in their order"
+    )
     parser.add_argument("--loop", choices=list(loops.LOOPS), help="the main thread's work")
     parser.add_argument("--store", choices=stores.NAMES, help="where everybody saves")
     parser.add_argument("--folder", type=Path, help="scratch space for stores in memory; default: /dev/shm")
     parser.add_argument(
         "--warm", action=argparse.BooleanOptionalAction, default=True, help="touch as much memory before each round"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one line of JSON a result")
+    parser.add_argument("--json", type=file_to_append_to, metavar="FILE", help="append one line of JSON a result")
     parser.add_argument("--assert", action="store_true", dest="assert_goals", help="exit with 1 when a goal is missed")
     args = parser.parse_args()
     if unknown := set(args.scenarios) - set(scenarios.NAMES):
@@ -150,34 +152,7 @@ def _arguments() -> argparse.Namespace:
     for name in args.scenarios:
         if why := scenarios.refusal(name, args.loop, args.store, args.peers, every=True):
             parser.error(f"scenario {name}: {why}")
-    args.json = args.json and args.json.absolute()
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {args.json.parent}")
-    if args.json and args.json.is_dir():
-        parser.error(f"--json: {args.json} is a folder; give a file")
     return args
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def _peers(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    known = {*peers.NAMES, *scenarios.CODECS}
-    if unknown := set(names) - known:
-        raise argparse.ArgumentTypeError(f"no such peer: {', '.join(sorted(unknown))}")
-    return names
 
 
 if __name__ == "__main__":

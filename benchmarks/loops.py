@@ -6,8 +6,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
+from benchmarks.devices import synchronize
+from benchmarks.states import State
 from benchmarks.trained import trainer
+from examples import train_gpt
 
 Barrier = Callable[[], None]
 
@@ -71,6 +76,40 @@ class TrainingStep:
     def __call__(self, barrier: Barrier, /) -> None:
         self._barrier = barrier
         next(self._steps)
+
+
+class DeviceTraining:
+    """Forward, backward and fused AdamW of a GPT on a device, bf16 autocast where it is CUDA; it returns when the device is done.
+
+    `state` is what it trains, so what is saved changes with each step.
+    """
+
+    name = "train"
+
+    def __init__(self, device: torch.device, *, width: int, layers: int, batch: int, window: int) -> None:
+        torch.manual_seed(0)
+        self._device = device
+        self._loader = train_gpt.Loader(batch=batch, window=window, seed=0)
+        model = train_gpt.GPT(width=width, layers=layers, heads=max(1, width // 64), window=window)
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())  # safetensors refuses tied weights
+        self._model = model.to(device)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self._barrier: Barrier = no_barrier
+        self._optimizer.register_step_pre_hook(lambda *_: self._barrier())
+        for _ in range(3):
+            self(no_barrier)  # the optimizer has its moments now, kernels and allocator are warm
+        self.state = State(self._model, self._optimizer)
+
+    def __call__(self, barrier: Barrier, /) -> None:
+        self._barrier = barrier
+        inputs, targets = (rows.to(self._device) for rows in self._loader.next_batch())
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            logits = self._model(inputs)
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        synchronize(self._device)
 
 
 LOOPS: dict[str, Callable[[], Loop]] = {

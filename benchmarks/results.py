@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.devices import described
 from benchmarks.measure import Spread
 
 _REPOSITORY = Path(__file__).parent.parent
@@ -134,14 +135,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES} | _others(),
         "commit": _commit(),
+        **described(),
     }
 
 
-def append(path: Path, results: Sequence[Result], values: str) -> None:
+def append(path: Path, results: Sequence[Result], values: str, program: str = "benchmarks.bench") -> None:
     """One JSON line a result. `values`: where the state's values come from."""
     about = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python", "-m", "benchmarks.bench", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", program, *sys.argv[1:]]),
         "values": values,
         "machine": machine(),
     }

@@ -7,6 +7,7 @@ tensors of 10 kB": 6,667 parameters, 20,001 tensors. Values are those of `traine
 bf16 with AdamW means bf16 moments: what `torch.optim.AdamW` makes of bf16 parameters.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.devices import synchronize
 from benchmarks.trained import Trained, trained
 
 
@@ -68,6 +70,15 @@ class State:
             self.objects["optimizer"] = optimizer
         self.raw_bytes = sum(tensor.nbytes for tensor in self.tensors())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def tensors(self) -> list[torch.Tensor]:
         """The live tensors as they are now: an optimizer's `load_state_dict` puts new ones in their places."""
         return _leaves(self.state_dicts())
@@ -97,15 +108,17 @@ class State:
 
     def twin(self) -> "State":
         """A state of the same structure in memory of its own, as a restored run would build it."""
-        model = _Tensors([torch.empty_like(p) for p in self.model.parameters()])
-        if self.optimizer is None:
-            return State(model)
-        pairs = zip(model.parameters(), self.model.parameters(), strict=True)
-        held = {mine: self.optimizer.state[theirs] for mine, theirs in pairs if theirs in self.optimizer.state}
-        optimizer = torch.optim.AdamW(held)
-        for mine, moments in held.items():
-            optimizer.state[mine] = {name: torch.empty_like(tensor) for name, tensor in moments.items()}
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
         return State(model, optimizer)
+
+    @torch.no_grad()
+    def copy_from(self, other: "State") -> None:
+        """The values of a state of the same structure."""
+        torch._foreach_copy_(self.tensors(), other.tensors())
+
+    def settle(self) -> None:
+        """Whatever was launched on the state's device is done; nothing to wait for on the CPU."""
+        synchronize(self.device)
 
     def held(self) -> list[dict[str, torch.Tensor]]:
         """The optimizer's state of each parameter, as it is now."""

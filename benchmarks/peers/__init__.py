@@ -11,6 +11,7 @@ _HOMES = {
     "asyncckpt-none": ("asyncckpt", "AsyncCkptNone"),
     "asyncckpt-planes": ("asyncckpt", "AsyncCkptPlanes"),
     "asyncckpt-zstd": ("asyncckpt", "AsyncCkptZstd"),
+    "asyncckpt-eager": ("asyncckpt", "AsyncCkptEager"),
     "asyncckpt-1worker": ("asyncckpt", "AsyncCkptOneWorker"),
     "dcp-thread": ("dcp", "DcpThread"),
     "dcp-thread-default": ("dcp", "DcpThreadDefault"),

@@ -116,6 +116,15 @@ class AsyncCkptZstd(AsyncCkpt):
         super().__init__(place, **{"codec": "zstd"} | options)
 
 
+class AsyncCkptEager(AsyncCkpt):
+    """`save()` returns when the snapshot is complete."""
+
+    name = "asyncckpt-eager"
+
+    def __init__(self, place: Place, **options: Any) -> None:
+        super().__init__(place, **{"overlap": False} | options)
+
+
 class AsyncCkptOneWorker(AsyncCkpt):
     name = "asyncckpt-1worker"
 

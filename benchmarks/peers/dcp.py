@@ -99,10 +99,10 @@ class DcpAsync(Dcp):
         fits = len(state.tensors()) + _OTHER_DESCRIPTORS < most
         self._stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=False,  # this and non-blocking copies need an accelerator
+                use_pinned_memory=state.on_cuda,  # this and non-blocking copies need it
                 use_shared_memory=fits or self._in_process,
                 use_async_staging=True,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=state.on_cuda,
             )
         )
 

@@ -38,12 +38,12 @@ class TorchSave(Peer):
         return saving
 
     def restore(self, step: int, state: State) -> None:
-        loaded = torch.load(self._path(step), mmap=True, weights_only=True)
+        loaded = torch.load(self._path(step), mmap=True, map_location="cpu", weights_only=True)
         for name, held in state.objects.items():
             held.load_state_dict(loaded[name])
 
     def read_one(self, step: int, index: int, state: State) -> torch.Tensor:
-        node = torch.load(self._path(step), mmap=True, weights_only=True)
+        node = torch.load(self._path(step), mmap=True, map_location="cpu", weights_only=True)
         for key in leaf_paths(state)[index]:
             node = node[key]
         return node.clone()

@@ -224,8 +224,10 @@ class Verifier:
         self._twin.hold(self._own)
         self._twin.scrub()
         self._warm(self._state)
+        self._twin.settle()
         started = time.perf_counter()
         peer.restore(step, self._twin)
+        self._twin.settle()
         restore_s = time.perf_counter() - started
         if wrong := self._state.differs_from(self._twin):
             raise BitsDifferError(f"{peer.name}, step {step}: {len(wrong)} tensors differ, the first is {wrong[0]}")

@@ -93,7 +93,7 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
                     _begin(opened[name], bench, context)
                 _begin_again_without(name, kept.error, context, spec)
         for number in range(1, scenario.rounds + 1):
-            for name, system in _rotated(opened, number - 1):
+            for name, system in rotated(opened, number - 1):
                 kept = samples[name]
                 if kept.error is not None:
                     continue
@@ -127,7 +127,7 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
     ]
 
 
-def _rotated(opened: dict[str, System], by: int) -> list[tuple[str, System]]:
+def rotated(opened: dict[str, System], by: int) -> list[tuple[str, System]]:
     """Another one begins in every round."""
     order = list(opened.items())
     return order[by % len(order) :] + order[: by % len(order)] if order else []
@@ -227,7 +227,7 @@ def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
     copy_s = _copied_beside(loop, verifier) if verifier and counted else None
     requests = system.store.requests()
     observer = Observer(system.servers)
-    window, waits = Window(), _Waits()
+    window, waits = Window(), Waits()
     savings = []
     marks = [bench.mark()]
     while not savings or (counted and not idle and window.elapsed_s < SAVING_S):
@@ -289,7 +289,7 @@ def _copied_beside(loop: Loop, verifier: Verifier) -> float:
     return found[0]
 
 
-class _Waits:
+class Waits:
     """How long a training step was held at the barrier, for each save."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from benchmarks import peers, stores
 from benchmarks.bench import _options_alone
 from benchmarks.loops import BIN_S, LOOPS, Window
 from benchmarks.measure import Spread, spread
-from benchmarks.peers.base import Peer, Saving
+from benchmarks.peers.base import Saving
 from benchmarks.results import Goal, Result, table
 from benchmarks.scenarios import CODECS, KINDS, SCENARIOS, Choices, names
 from benchmarks.scenarios.base import BitsDifferError, System, Verifier, in_child
@@ -23,7 +23,7 @@ from benchmarks.scenarios.goals import ASYNCHRONOUS, EVERYBODY, GoalSpec, judge
 from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
 from benchmarks.scenarios.saves import _Bench, _round
 from benchmarks.states import State, StateSpec, build
-from benchmarks.stores.base import Place
+from tests.eager import Eager
 
 pytestmark = pytest.mark.bench
 
@@ -197,7 +197,6 @@ class Forgetful:
 
 
 def test_a_wrong_restore_ends_the_run_also_in_a_child(capfd):
-    import torch
 
     state = State(torch.nn.Linear(3, 3))
     with pytest.raises(BitsDifferError, match="forgetful, step 7: 2 tensors differ"):
@@ -208,47 +207,12 @@ def test_a_wrong_restore_ends_the_run_also_in_a_child(capfd):
     in_child(lambda: None)
 
 
-class Eager(Peer):
-    """Says at once that its snapshot is complete, and reads the live tensors later."""
-
-    name = "eager"
-    asynchronous = True
-
-    def __init__(self, folder: Path, honest: bool) -> None:
-        super().__init__(Place("folder", folder))
-        self._honest = honest
-
-    def save(self, step: int, state: State) -> Saving:
-        saving = Saving(step)
-
-        def write() -> None:
-            if not self._honest:
-                saving.staged()
-            torch.save(state.state_dicts(), self.folder / str(step))
-            saving.durable()
-
-        threading.Thread(target=write).start()
-        saving.returned()
-        return saving
-
-    def restore(self, step: int, state: State) -> None:
-        loaded = torch.load(self.folder / str(step), weights_only=True)
-        for name, held in state.objects.items():
-            held.load_state_dict(loaded[name])
-
-    def stored_bytes(self, step: int) -> int:
-        return (self.folder / str(step)).stat().st_size
-
-    def forget(self, step: int) -> None:
-        (self.folder / str(step)).unlink()
-
-
 @pytest.mark.parametrize("loop", ["idle", "python"])
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_system_whose_snapshot_is_not_complete_when_it_says_so_is_found_out(tmp_path, honest, loop):
     state = build(StateSpec("tiny", 3_000_000, 20))
     bench = _Bench(state, LOOPS[loop](), Verifier(state))
-    system = System(Eager(tmp_path, honest), stores.open_store("tmpfs", tmp_path / "store"), ())
+    system = System(Eager(tmp_path, honest=honest), stores.open_store("tmpfs", tmp_path / "store"), ())
     with contextlib.nullcontext() if honest else pytest.raises(BitsDifferError):
         assert len(_round(system, bench, counted=True).saves) >= 1
     assert Saving.on_staged is None

@@ -1,0 +1,54 @@
+"""What command lines of the benchmarks have in common. Wrong words are told before anything runs."""
+
+import argparse
+import math
+from collections.abc import Callable, Container
+from pathlib import Path
+
+import torch
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def names_among(known: Container[str]) -> Callable[[str], tuple[str, ...]]:
+    """A,B,C, all of them known."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"no such peer: {', '.join(sorted(unknown))}")
+        return names
+
+    return parse
+
+
+def device(text: str) -> torch.device:
+    """One that torch can name; whether it is there is another question."""
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"torch knows no device {text!r}") from error
+
+
+def file_to_append_to(text: str) -> Path:
+    """An absolute path, in a folder that exists: figures are written when everything has run."""
+    path = Path(text).absolute()
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; give a file")
+    return path
