@@ -4,6 +4,7 @@
     python -m benchmarks.bench --full --json results.jsonl        # everything; keep the figures
     python -m benchmarks.bench python --loop torch --rounds 5     # one scenario, another main thread
     python -m benchmarks.bench idle --peers asyncckpt,dcp-process,torch.save --store disk
+    python -m benchmarks.bench python --codec planes --workers 1  # asyncckpt, set otherwise
     python -m benchmarks.bench --size 0.1 --rounds 1              # a tenth of the bytes: does it run at all?
     python -m benchmarks.bench --assert                           # fail when a goal is missed
 
@@ -49,18 +50,21 @@ def main() -> int:
         peers=args.peers,
         loop=args.loop,
         store=args.store,
+        workers=args.workers,
+        codec=args.codec,
         full=args.full,
         warm=args.warm,
         left_out=tuple(scenarios.LeftOut(*one) for one in json.loads(os.environ.pop(_LEFT_OUT, "[]"))),
     )
     choices.folder.mkdir(parents=True, exist_ok=True)
+    origin = results.Origin("benchmarks.bench", trained().source)
     try:
         found = scenarios.run(args.scenarios[0], choices)
     except scenarios.SystemFailedError as error:
         _begin_again([*choices.left_out, error.left_out], error.folder)
     print(results.table(found) + "\n", flush=True)
     if args.json:
-        results.append(args.json, found, trained().source)
+        results.append(args.json, found, origin)
     missed = [goal for result in found for goal in result.goals if goal.met is False]
     broken = [result for result in found if result.error and result.peer.startswith("asyncckpt")]
     return 1 if broken or (args.assert_goals and missed) else 0
@@ -79,10 +83,15 @@ def _begin_again(left_out: list[scenarios.LeftOut], folder: Path | None) -> NoRe
 def _suited(args: argparse.Namespace) -> list[str]:
     """The scenarios of the set that can do what the options ask for."""
     names = scenarios.names(full=args.full)
-    left_out = {name: why for name in names if (why := scenarios.refusal(name, args.loop, args.store, args.peers))}
+    left_out = {name: why for name in names if (why := _refusal(args, name))}
     for name, why in left_out.items():
         print(f"{name} is left out: {why}", file=sys.stderr)
     return [name for name in names if name not in left_out]
+
+
+def _refusal(args: argparse.Namespace, name: str, *, every: bool = False) -> str | None:
+    saver = args.workers is not None or args.codec is not None
+    return scenarios.refusal(name, loop=args.loop, store=args.store, saver=saver, asked=args.peers, every=every)
 
 
 def _each_alone(args: argparse.Namespace, names: Sequence[str]) -> int:
@@ -104,7 +113,7 @@ def _each_alone(args: argparse.Namespace, names: Sequence[str]) -> int:
 
 def _options_alone(words: list[str], names: Sequence[str]) -> list[str]:
     """Without the scenarios, of which some are named like a store or a loop."""
-    values = {"--rounds", "--size", "--peers", "--loop", "--store", "--folder", "--json"}
+    values = {"--rounds", "--size", "--peers", "--loop", "--store", "--workers", "--codec", "--folder", "--json"}
     pairs = zip(["", *words], words, strict=False)
     return [word for before, word in pairs if before in values or word not in (*names, "--")]
 
@@ -140,6 +149,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--loop", choices=list(loops.LOOPS), help="the main thread's work")
     parser.add_argument("--store", choices=stores.NAMES, help="where everybody saves")
+    parser.add_argument("--workers", type=count, metavar="N", help="of the system asyncckpt")
+    parser.add_argument("--codec", choices=("auto", "none", "planes", "zstd"), help="of the system asyncckpt")
     parser.add_argument("--folder", type=Path, help="scratch space for stores in memory; default: /dev/shm")
     parser.add_argument(
         "--warm", action=argparse.BooleanOptionalAction, default=True, help="touch as much memory before each round"
@@ -150,7 +161,7 @@ def _arguments() -> argparse.Namespace:
     if unknown := set(args.scenarios) - set(scenarios.NAMES):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     for name in args.scenarios:
-        if why := scenarios.refusal(name, args.loop, args.store, args.peers, every=True):
+        if why := _refusal(args, name, every=True):
             parser.error(f"scenario {name}: {why}")
     return args
 

@@ -33,6 +33,7 @@ def main() -> int:
             "skipped: there is no CUDA device here (--device cpu shows that all of it runs, at no rates worth keeping)"
         )
         return 0
+    origin = results.Origin("benchmarks.gpu", "the GPT as it trains")
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="asyncckpt-gpu-", dir=args.folder))
     size = gpu.Size(width=args.width, layers=args.layers, batch=args.batch, window=args.window)
@@ -44,7 +45,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     print(results.table(found) + "\n", flush=True)
     if args.json:
-        results.append(args.json, found, "the GPT as it trains", program="benchmarks.gpu")
+        results.append(args.json, found, origin)
     return int(any(result.error and result.peer.startswith("asyncckpt") for result in found))
 
 

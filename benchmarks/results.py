@@ -102,7 +102,11 @@ def _one_table(results: list[Result]) -> str:
         rows.append([name, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    errors = [f"{result.peer} did not run: {result.error}" for result in results if result.error]
+    errors = [
+        f"{result.peer} {'stopped' if result.measures else 'did not run'}: {result.error}"
+        for result in results
+        if result.error
+    ]
     return "\n".join([title, *(lines if measured else []), *errors, *(str(goal) for r in results for goal in r.goals)])
 
 
@@ -139,13 +143,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-def append(path: Path, results: Sequence[Result], values: str, program: str = "benchmarks.bench") -> None:
-    """One JSON line a result. `values`: where the state's values come from."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where and when figures come from. Made before anything runs: a commit meanwhile is not theirs.
+
+    `program`: the module that was called. `values`: where the state's values come from.
+    """
+
+    program: str
+    values: str
+    machine: dict[str, Any] = field(default_factory=machine)
+
+
+def append(path: Path, results: Sequence[Result], origin: Origin) -> None:
+    """One JSON line a result."""
     about = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python", "-m", program, *sys.argv[1:]]),
-        "values": values,
-        "machine": machine(),
+        "command": " ".join(["python", "-m", origin.program, *sys.argv[1:]]),
+        "values": origin.values,
+        "machine": origin.machine,
     }
     with path.open("a") as file:
         for result in results:

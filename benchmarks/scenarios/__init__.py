@@ -43,14 +43,24 @@ def peers_of(name: str) -> tuple[str, ...]:
 
 
 def refusal(
-    name: str, loop: str | None, store: str | None, asked: Sequence[str] | None, *, every: bool = False
+    name: str,
+    *,
+    loop: str | None,
+    store: str | None,
+    saver: bool,
+    asked: Sequence[str] | None,
+    every: bool = False,
 ) -> str | None:
-    """Why a scenario cannot do what is asked for; None: it can. `every`: all the peers, instead of one of them at least."""
+    """Why a scenario cannot do what is asked for; None: it can. `saver`: options of asyncckpt's are. `every`: all the peers, instead
+    of one of them at least.
+    """
     kind = SCENARIOS[name].kind
     if loop is not None and kind in ("memory", "codec"):
         return "its main thread does nothing else (--loop)"
     if store is not None and kind == "codec":
         return "it stores nothing (--store)"
+    if saver and kind == "codec":
+        return "it has no saver (--workers, --codec)"
     strange = [peer for peer in asked or () if peer not in peers_of(name)]
     if strange and (every or len(strange) == len(asked or ())):
         return f"no {', '.join(strange)}; it has {', '.join(peers_of(name))}"

@@ -89,21 +89,27 @@ class Choices:
     peers: tuple[str, ...] | None = None
     loop: str | None = None
     store: str | None = None
+    workers: int | None = None
+    codec: str | None = None
     full: bool = False
     warm: bool = True
     left_out: tuple[LeftOut, ...] = ()
 
     def applied_to(self, scenario: Scenario) -> Scenario:
-        """The scenario as it shall run. Its goals stand for its own loop and store alone."""
+        """The scenario as it shall run. Its goals stand for its own loop and store, and for asyncckpt's defaults, alone."""
         rounds = self.rounds or (self.full and scenario.full_rounds) or scenario.rounds
         peers = self.peers or (self.full and scenario.full_peers) or scenario.peers
-        moved = (self.loop or scenario.loop, self.store or scenario.store) != (scenario.loop, scenario.store)
+        own = (scenario.loop, scenario.store, scenario.workers, scenario.codec)
+        asked = (self.loop, self.store, self.workers, self.codec)
+        moved = any(mine is not None and mine != default for mine, default in zip(asked, own, strict=True))
         return dataclasses.replace(
             scenario,
             rounds=rounds,
             peers=peers,
             loop=self.loop or scenario.loop,
             store=self.store or scenario.store,
+            workers=self.workers or scenario.workers,
+            codec=self.codec or scenario.codec,
             states=tuple(state.resized(self.size) for state in scenario.states),
             goals=() if moved else scenario.goals,
         )
@@ -134,7 +140,7 @@ class Run:
     def open(self, name: str) -> System:
         """A system, and a store that nobody else uses."""
         options: dict[str, Any] = {}
-        if name.startswith("asyncckpt"):
+        if name == "asyncckpt":  # others of ours are what their names say
             given = {"workers": self.scenario.workers, "codec": self.scenario.codec}
             options = {option: value for option, value in given.items() if value is not None}
         children = set(tree())

@@ -17,10 +17,10 @@ from asyncckpt.format.digest import Hasher
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import decode_block, encode_shard
 from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
-from benchmarks.measure import Observer, spread
+from benchmarks.measure import Observer, Spread, spread
 from benchmarks.results import Result
 from benchmarks.scenarios.base import BitsDifferError, Run, judged
-from benchmarks.scenarios.samples import FOREIGN_CORES
+from benchmarks.scenarios.samples import FOREIGN_CORES, described
 from benchmarks.states import State, build
 
 ZSTD_BLOCK_BYTES = 2**20
@@ -143,12 +143,20 @@ def run(context: Run) -> list[Result]:
 
 
 def _one(context: Run, state: State, dtype: str, name: str) -> dict[str, Any]:
+    """Measures, or the error of a codec that is not installed or cannot go on."""
+    try:
+        return {"measures": _measured(context, state, dtype, name)}
+    except BitsDifferError:
+        raise
+    except Exception as error:
+        context.warn(name, described(error))
+        return {"measures": {}, "error": described(error)}
+
+
+def _measured(context: Run, state: State, dtype: str, name: str) -> dict[str, Spread | float]:
     tensors = [t.contiguous().view(-1).view(torch.uint8).numpy() for t in state.tensors() if t.numel() > 1]
     raw_bytes = sum(t.size for t in tensors)
-    try:
-        codec = CODECS[name](tensors, dtype)
-    except (ImportError, KeyError) as error:
-        return {"measures": {}, "error": f"{type(error).__name__}: {error}; codecs: {', '.join(CODECS)}"}
+    codec = CODECS[name](tensors, dtype)
     rates: list[tuple[float, float, float]] = []
     stored_bytes = 0
     for number in range(context.scenario.rounds + 1):
@@ -167,13 +175,13 @@ def _one(context: Run, state: State, dtype: str, name: str) -> dict[str, Any]:
         if number:
             rates.append((raw_bytes / 1e9 / encode_s, raw_bytes / 1e9 / decode_s, foreign_cores))
     kept = [rate for rate in rates if rate[2] <= FOREIGN_CORES] or rates
-    measures = {
-        "encode_gb_per_s": spread(rate[0] for rate in kept),
+    encode = spread(rate[0] for rate in kept)
+    context.say(name, context.scenario.rounds, f"encode {encode.median:.2f} GB/s")
+    return {
+        "encode_gb_per_s": encode,
         "decode_gb_per_s": spread(rate[1] for rate in kept),
         "stored_bytes": float(stored_bytes),
         "stored_ratio": stored_bytes / raw_bytes,
         "dropped": float(len(rates) - len(kept)),
         "foreign_cores": max(rate[2] for rate in kept),
     }
-    context.say(name, context.scenario.rounds, f"encode {measures['encode_gb_per_s'].median:.2f} GB/s")
-    return {"measures": measures}

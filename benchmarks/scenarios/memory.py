@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import gc
 import multiprocessing
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from benchmarks import measure
@@ -38,7 +39,11 @@ def run(context: Run) -> list[Result]:
         results = []
         for name in context.scenario.peers:
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                results.append(alone.submit(_one, context.scenario, context.choices, spec, name).result())
+                try:
+                    results.append(alone.submit(_one, context.scenario, context.choices, spec, name).result())
+                except BrokenProcessPool as error:  # the kernel's killer, most likely
+                    context.warn(name, described(error))
+                    results.append(context.result(spec, None, name, measures={}, error=described(error)))
         found += judged(results, context.scenario.goals)
     return found
 
@@ -67,7 +72,7 @@ def _one(scenario: Scenario, choices: Choices, spec: StateSpec, name: str) -> Re
 
 
 def _saves(context: Run, state: State, name: str) -> tuple[list[_Look], int]:
-    rounds = max(context.scenario.rounds, 2)
+    rounds = context.scenario.rounds
     every = max(1, rounds // LOOKS)
     looks = []
     system = context.open(name)

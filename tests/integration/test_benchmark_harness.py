@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -11,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, stores
+from benchmarks import peers, scenarios, stores
 from benchmarks.bench import _options_alone
 from benchmarks.loops import BIN_S, LOOPS, Window
 from benchmarks.measure import Spread, spread
 from benchmarks.peers.base import Saving
 from benchmarks.results import Goal, Result, table
-from benchmarks.scenarios import CODECS, KINDS, SCENARIOS, Choices, names
+from benchmarks.scenarios import CODECS, KINDS, SCENARIOS, Choices, codec, memory, names, refusal
 from benchmarks.scenarios.base import BitsDifferError, System, Verifier, in_child
+from benchmarks.scenarios.codec import _Zstd
 from benchmarks.scenarios.goals import ASYNCHRONOUS, EVERYBODY, GoalSpec, judge
 from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
 from benchmarks.scenarios.saves import _Bench, _round
@@ -63,11 +66,13 @@ def test_the_quick_set_is_part_of_the_full_set():
     assert set(names(full=False)) < set(names(full=True)) == set(SCENARIOS)
 
 
-def test_another_loop_or_store_takes_the_goals_away_and_size_scales_the_bytes():
+def test_another_loop_store_or_setting_takes_the_goals_away_and_size_scales_the_bytes():
     scenario = SCENARIOS["python"]
     assert Choices(ROOT).applied_to(scenario).goals
     assert not Choices(ROOT, loop="torch").applied_to(scenario).goals
     assert not Choices(ROOT, store="disk").applied_to(scenario).goals
+    assert not Choices(ROOT, workers=1).applied_to(scenario).goals
+    assert Choices(ROOT, codec="planes").applied_to(scenario).codec == "planes"
     smaller = Choices(ROOT, size=0.1, rounds=9, peers=("torch.save",)).applied_to(scenario)
     assert smaller.states[0].raw_bytes == scenario.states[0].raw_bytes // 10
     assert (smaller.rounds, smaller.peers) == (9, ("torch.save",))
@@ -130,6 +135,34 @@ def test_a_peer_that_a_scenario_does_not_know_is_refused_with_those_it_knows():
     )
     assert done.returncode == 2
     assert "scenario idle: no zipnn; it has asyncckpt, " in done.stderr
+
+
+def test_options_of_a_saver_are_refused_where_there_is_none():
+    asked = {"loop": None, "store": None, "asked": None}
+    assert refusal("codec", saver=True, **asked) == "it has no saver (--workers, --codec)"
+    assert refusal("codec", saver=False, **asked) is None
+    assert refusal("flat", saver=True, **asked) is None
+
+
+def test_an_encoder_that_cannot_go_on_is_a_line_with_its_error(monkeypatch, tmp_path):
+    class Broken(_Zstd):
+        def encode(self) -> int:
+            raise RuntimeError("no room")
+
+    monkeypatch.setitem(codec.CODECS, "zstd-1", Broken)
+    found = scenarios.run("codec", Choices(tmp_path, rounds=1, peers=("zstd-1", "asyncckpt")))
+    assert [result.error for result in found] == ["RuntimeError: no room", None] * (len(found) // 2)
+    assert "encode_gb_per_s" in found[1].measures
+
+
+def test_a_system_whose_process_is_killed_is_a_line_with_its_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_one", _killed)
+    (found,) = scenarios.run("flat", Choices(tmp_path, size=0.01, rounds=1, peers=("torch.save",)))
+    assert found.error.startswith("BrokenProcessPool: ")
+
+
+def _killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # -- samples
@@ -267,7 +300,7 @@ def test_two_tiny_scenarios_print_tables_and_write_lines_of_json(tmp_path):
     judged = {goal["text"] for goal in lines[0]["goals"] if goal["value"] is not None}
     assert judged == {"restore, verified, of torch.load(mmap=True)'s"}
     assert {goal["met"] for goal in lines[0]["goals"] if goal["text"] not in judged} == {None}
-    assert len(lines[2]["series"]["memory_bytes_over_saves"]) == 2
+    assert len(lines[2]["series"]["memory_bytes_over_saves"]) == 1
     assert not list(folder.iterdir()), "nothing is left behind"
 
 
