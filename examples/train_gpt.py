@@ -84,7 +84,7 @@ def main() -> None:
     loader = Loader(batch=8, window=128, seed=0)
     model = GPT().to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=args.steps)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20)  # --steps may grow
 
     def on_event(event: asyncckpt.events.Event) -> None:  # optional: where the time of each save went
         if isinstance(event, asyncckpt.events.SaveCommitted):
