@@ -3,6 +3,7 @@
 All or nothing: names, shapes, dtypes and every digest are checked before the first value reaches an object.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -26,6 +27,8 @@ from asyncckpt.state.stateful import plan_restore
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
+
+_LOG = logging.getLogger("asyncckpt")
 
 SILENT = events.Hooks()
 
@@ -65,7 +68,8 @@ def restore(
     state is then as it was, unless the message says that an object changed between its two readings.
     """
     with opened(url, store, hooks) as place:
-        restored = restore_from(place, state, step=step, strict=strict, hooks=events.Hooks(tuple(hooks))).restored
+        all_hooks = events.Hooks(tuple(hooks))
+        restored = restore_from(place, state, url=os.fspath(url), step=step, strict=strict, hooks=all_hooks).restored
         if restored is None:
             raise _nothing_to_choose(place, step, os.fspath(url))
     return restored
@@ -116,11 +120,12 @@ def restore_from(
     store: Store,
     state: Any,
     *,
+    url: str,
     step: StepChoice = "latest",
     strict: bool = True,
     hooks: events.Hooks = SILENT,
 ) -> Outcome:
-    """`restore` from an open store; without a checkpoint (or one that `Best` can choose from) nothing is restored."""
+    """`restore` from an open store; where there is no checkpoint at all nothing is restored. `url`: what the store is called."""
     if not isinstance(state, Mapping):
         raise errors.StateMismatchError(
             f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
@@ -135,7 +140,12 @@ def restore_from(
 
     with seldom():
         found = first_good(store, step, hooks, read)
-    return Outcome(None) if found is None else Outcome(*found)
+    if found is not None:
+        return Outcome(*found)
+    if isinstance(step, Best) and find_checkpoints(store).good:  # a misspelt metric must not begin a run anew
+        raise _nothing_to_choose(store, step, url)
+    _LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
+    return Outcome(None)
 
 
 def load_from(

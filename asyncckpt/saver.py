@@ -186,14 +186,14 @@ class Saver:
     # -- restoring
 
     def restore(self, state: Mapping[str, Any], *, step: StepChoice = "latest", strict: bool = True) -> Restored | None:
-        """Load a checkpoint into the objects of `state`, in place and verified; None if there is none yet.
+        """Load a checkpoint into the objects of `state`, in place and verified; None if there is none at all yet.
 
         All or nothing: names, shapes, dtypes and every digest are checked before a value is changed (see `asyncckpt.restore`). A damaged `latest` is set aside
         with a warning and the one before is taken; a step asked for by number raises. After restoring a step below the newest, saving a
         step that exists raises, so that a branch is never lost silently; `Run.rewind` takes the newer ones away.
         """
         self._check_usable()
-        found = restore_from(self._store, state, step=step, strict=strict, hooks=self._hooks)
+        found = restore_from(self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks)
         if rank() == 0:
             for damaged in found.damaged:
                 mark_damaged(self._store, damaged)

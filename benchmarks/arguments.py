@@ -10,17 +10,23 @@ import torch
 
 def positive(text: str) -> float:
     """A number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
 
 
 def count(text: str) -> int:
     """1 or more."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     return value
 
 
@@ -31,6 +37,8 @@ def names_among(known: Container[str]) -> Callable[[str], tuple[str, ...]]:
         names = tuple(text.split(","))
         if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"no such peer: {', '.join(sorted(unknown))}")
+        if len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError("a peer is named twice")
         return names
 
     return parse
@@ -42,6 +50,16 @@ def device(text: str) -> torch.device:
         return torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"torch knows no device {text!r}") from error
+
+
+def folder(text: str) -> Path:
+    """A folder, made if need be."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"no folder: {error}") from error
+    return path
 
 
 def file_to_append_to(text: str) -> Path:

@@ -6,7 +6,7 @@
     python -m benchmarks.bench idle --peers asyncckpt,dcp-process,torch.save --store disk
     python -m benchmarks.bench python --codec planes --workers 1  # asyncckpt, set otherwise
     python -m benchmarks.bench --size 0.1 --rounds 1              # a tenth of the bytes: does it run at all?
-    python -m benchmarks.bench --assert                           # fail when a goal is missed
+    python -m benchmarks.bench --assert                           # fail when a goal is missed or not judged
 
 Every save is restored into a second state and compared bit for bit. Run from the root of the repository, on a machine that does
 nothing else: the row foreign_cores says how many cores other processes took meanwhile.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import loops, peers, results, scenarios, stores
-from benchmarks.arguments import count, file_to_append_to, names_among, positive
+from benchmarks.arguments import count, file_to_append_to, folder, names_among, positive
 from benchmarks.trained import trained
 
 _ROOT = Path(__file__).parent.parent
@@ -56,7 +56,6 @@ def main() -> int:
         warm=args.warm,
         left_out=tuple(scenarios.LeftOut(*one) for one in json.loads(os.environ.pop(_LEFT_OUT, "[]"))),
     )
-    choices.folder.mkdir(parents=True, exist_ok=True)
     origin = results.Origin("benchmarks.bench", trained().source)
     try:
         found = scenarios.run(args.scenarios[0], choices)
@@ -65,7 +64,7 @@ def main() -> int:
     print(results.table(found) + "\n", flush=True)
     if args.json:
         results.append(args.json, found, origin)
-    missed = [goal for result in found for goal in result.goals if goal.met is False]
+    missed = [goal for result in found for goal in result.goals if not goal.met]
     broken = [result for result in found if result.error and result.peer.startswith("asyncckpt")]
     return 1 if broken or (args.assert_goals and missed) else 0
 
@@ -90,15 +89,20 @@ def _suited(args: argparse.Namespace) -> list[str]:
 
 
 def _refusal(args: argparse.Namespace, name: str, *, every: bool = False) -> str | None:
-    saver = args.workers is not None or args.codec is not None
+    saver = _sets_the_saver(args)
     return scenarios.refusal(name, loop=args.loop, store=args.store, saver=saver, asked=args.peers, every=every)
+
+
+def _sets_the_saver(args: argparse.Namespace) -> bool:
+    return args.workers is not None or args.codec is not None
 
 
 def _each_alone(args: argparse.Namespace, names: Sequence[str]) -> int:
     """Every scenario in a process of its own: none measures what another left behind."""
     trained()  # before the first, so that it is not trained under a scenario's heading
     options = _options_alone(sys.argv[1:], names)
-    options += ["--json", str(args.json)] if args.json else []  # the last one counts: children run in another folder
+    for option, path in (("--json", args.json), ("--folder", args.folder)):  # children run in another folder
+        options += [option, str(path.absolute())] if path else []
     codes = []
     began = time.monotonic()
     for name in names:
@@ -112,10 +116,14 @@ def _each_alone(args: argparse.Namespace, names: Sequence[str]) -> int:
 
 
 def _options_alone(words: list[str], names: Sequence[str]) -> list[str]:
-    """Without the scenarios, of which some are named like a store or a loop."""
-    values = {"--rounds", "--size", "--peers", "--loop", "--store", "--workers", "--codec", "--folder", "--json"}
-    pairs = zip(["", *words], words, strict=False)
-    return [word for before, word in pairs if before in values or word not in (*names, "--")]
+    """Without the scenarios, of which some are named like a store or a loop, and without what each is given anew."""
+    anew, kept = ("--json", "--folder", "--peers"), []
+    values = {"--rounds", "--size", "--loop", "--store", "--workers", "--codec"}
+    for before, word in zip(["", *words], words, strict=False):
+        given_anew = before in anew or word.split("=")[0] in anew
+        if before in values or not (given_anew or word in (*names, "--")):
+            kept.append(word)
+    return kept
 
 
 def _run(command: list[str]) -> int:
@@ -151,18 +159,27 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--store", choices=stores.NAMES, help="where everybody saves")
     parser.add_argument("--workers", type=count, metavar="N", help="of the system asyncckpt")
     parser.add_argument("--codec", choices=("auto", "none", "planes", "zstd"), help="of the system asyncckpt")
-    parser.add_argument("--folder", type=Path, help="scratch space for stores in memory; default: /dev/shm")
+    parser.add_argument("--folder", type=folder, help="scratch space for stores in memory; default: /dev/shm")
     parser.add_argument(
         "--warm", action=argparse.BooleanOptionalAction, default=True, help="touch as much memory before each round"
     )
     parser.add_argument("--json", type=file_to_append_to, metavar="FILE", help="append one line of JSON a result")
-    parser.add_argument("--assert", action="store_true", dest="assert_goals", help="exit with 1 when a goal is missed")
+    parser.add_argument(
+        "--assert",
+        action="store_true",
+        dest="assert_goals",
+        help="exit with 1 when a goal is missed, or could not be judged",
+    )
     args = parser.parse_args()
     if unknown := set(args.scenarios) - set(scenarios.NAMES):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     for name in args.scenarios:
         if why := _refusal(args, name, every=True):
             parser.error(f"scenario {name}: {why}")
+    if args.assert_goals and (args.size != 1 or args.loop or args.store or _sets_the_saver(args)):
+        parser.error(
+            "--assert: the goals stand for the scenarios as they are, without --size, --loop, --store, --workers, --codec"
+        )
     return args
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers, results
-from benchmarks.arguments import count, device, file_to_append_to, names_among
+from benchmarks.arguments import count, device, file_to_append_to, folder, names_among
 from benchmarks.scenarios import gpu
 from benchmarks.scenarios.base import Choices, Run
 
@@ -34,15 +34,14 @@ def main() -> int:
         )
         return 0
     origin = results.Origin("benchmarks.gpu", "the GPT as it trains")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="asyncckpt-gpu-", dir=args.folder))
+    own_folder = Path(tempfile.mkdtemp(prefix="asyncckpt-gpu-", dir=args.folder))
     size = gpu.Size(width=args.width, layers=args.layers, batch=args.batch, window=args.window)
     try:
         with contextlib.ExitStack() as stack:
-            context = Run(gpu.scenario(args.peers, args.rounds, args.store), Choices(folder=folder), stack)
+            context = Run(gpu.scenario(args.peers, args.rounds, args.store), Choices(folder=own_folder), stack)
             found = gpu.run(context, args.device, size)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(own_folder, ignore_errors=True)
     print(results.table(found) + "\n", flush=True)
     if args.json:
         results.append(args.json, found, origin)
@@ -66,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=count, default=own.window, help="bytes of text in a sequence")
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=folder,
         default=_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir()),
         help="a folder of this run's own is made below it; default: /dev/shm",
     )

@@ -22,9 +22,13 @@ def no_barrier() -> None:
 
 
 class Loop(Protocol):
-    """One iteration a call. A training step calls `barrier` before its optimizer changes what may still be copied."""
+    """One iteration a call. A training step calls `barrier` before its optimizer changes what may still be copied.
+
+    `long`: an iteration takes longer than a bin of a `Window`.
+    """
 
     name: str
+    long: bool
 
     def __call__(self, barrier: Barrier, /) -> None: ...
 
@@ -33,6 +37,7 @@ class Idle:
     """Waits, in naps of five milliseconds: the saver has the machine to itself."""
 
     name = "idle"
+    long = False
 
     def __call__(self, _barrier: Barrier, /) -> None:
         time.sleep(0.005)
@@ -42,6 +47,7 @@ class BusyPython:
     """Pure Python that never lets go of the GIL by itself, as a main thread that only dispatches; about 50 us."""
 
     name = "python"
+    long = False
 
     def __call__(self, _barrier: Barrier, /) -> None:
         total = 0
@@ -53,6 +59,7 @@ class SmallTorch:
     """Small torch operations, each too short to let another thread in for long; about 50 us."""
 
     name = "torch"
+    long = False
 
     def __init__(self) -> None:
         self._a = torch.ones(32, 32)
@@ -67,6 +74,7 @@ class TrainingStep:
     """Forward, backward and AdamW of a small GPT on the CPU, on all cores; a tenth of a second."""
 
     name = "train"
+    long = True
 
     def __init__(self) -> None:
         _, optimizer, self._steps = trainer(width=96, seed=1)
@@ -85,6 +93,7 @@ class DeviceTraining:
     """
 
     name = "train"
+    long = True
 
     def __init__(self, device: torch.device, *, width: int, layers: int, batch: int, window: int) -> None:
         torch.manual_seed(0)
@@ -127,7 +136,8 @@ BIN_S = 0.05
 class Window:
     """Iterations of a loop over a while. `longest_gap_s`: the longest time between the ends of two iterations.
 
-    `bins`: how many iterations ended in each 50 ms since the window's start.
+    `bins`: how many iterations ended in each 50 ms since the window's start. `each`: when each ended, and how long it took, if the
+    loop's are `long`.
     """
 
     started_s: float = field(default_factory=time.perf_counter)
@@ -135,6 +145,7 @@ class Window:
     iterations: int = 0
     longest_gap_s: float = 0.0
     bins: list[int] = field(default_factory=lambda: [0])
+    each: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def elapsed_s(self) -> float:
@@ -145,7 +156,11 @@ class Window:
         return self.iterations / self.elapsed_s
 
     def series(self) -> list[list[float]]:
-        """[seconds since the window's start, iterations in these 50 ms]; the last, cut short, is left out."""
+        """[seconds since the window's start, iterations in these 50 ms], the last, cut short, left out; or iterations per second
+        at the end of each, where they are long.
+        """
+        if self.each:
+            return [[round(end_s - self.started_s, 3), 1 / took_s] for end_s, took_s in self.each]
         return [[round(number * BIN_S, 3), float(count)] for number, count in enumerate(self.bins[:-1])]
 
     def run(self, loop: Loop, until: Callable[[], bool], barrier: Barrier = no_barrier) -> None:
@@ -159,6 +174,8 @@ class Window:
             now = clock()
             iterations += 1
             gap = max(gap, now - last)
+            if loop.long:
+                self.each.append((now, now - last))
             last = now
             while now >= full_s:
                 bins.append(0)

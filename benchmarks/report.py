@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.arguments import folder
 from benchmarks.reports import lines, tables
 
 
@@ -22,12 +23,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except (OSError, lines.ResultsError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
+    if not found:
+        print(f"benchmarks.report: no results in {', '.join(map(str, args.results))}", file=sys.stderr)
+        return 2
     kept = lines.newest(found)
     older = len(found) - len(kept)
     if args.out is None:
         print(tables.markdown(kept, older=older), end="")
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
         from benchmarks.reports.plots import draw
     except ImportError as error:
@@ -46,7 +49,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and plots here")
+    parser.add_argument("--out", type=folder, metavar="FOLDER", help="write report.md and plots here")
     return parser.parse_args(words)
 
 

@@ -1,6 +1,7 @@
 """Figures of one run: a table for people, a JSON line for machines, and whether the stated goals were met."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -23,12 +24,15 @@ _OTHERS = ("torch_checkpointing", "s3torchconnector", "zipnn")  # of the extra `
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure must be. `at_least`: the figure must not be below the limit, otherwise not above it. No `value`: it was not judged."""
+    """What a figure must be. `at_least`: the figure must not be below the limit, otherwise not above it. No `value`: it was not judged.
+    `disturbed`: other processes ran in all rounds of a system that it needs.
+    """
 
     text: str
     value: float | None
     limit: float
     at_least: bool = False
+    disturbed: bool = False
 
     @property
     def met(self) -> bool | None:
@@ -40,10 +44,11 @@ class Goal:
         sign = ">=" if self.at_least else "<="
         if self.value is None:
             return f"----  {self.text}: not judged, a figure that it needs is missing ({sign} {self.limit:g})"
-        return f"{'met ' if self.met else 'MISS'}  {self.text}: {self.value:.4g} {sign} {self.limit:g}"
+        doubt = "; disturbed: other processes ran meanwhile" if self.disturbed else ""
+        return f"{'met ' if self.met else 'MISS'}  {self.text}: {self.value:.4g} {sign} {self.limit:g}{doubt}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "value": self.value, "limit": self.limit, "at_least": self.at_least, "met": self.met}
+        return dataclasses.asdict(self) | {"met": self.met}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Verdict:
     limit: float
     at_least: bool
     met: bool | None
+    disturbed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,14 @@ class Line:
             measures={name: _spread(value) for name, value in row["measures"].items()},
             series=row.get("series") or {},
             goals=tuple(
-                Verdict(goal["text"], goal["value"], goal["limit"], goal.get("at_least", False), goal["met"])
+                Verdict(
+                    goal["text"],
+                    goal["value"],
+                    goal["limit"],
+                    goal.get("at_least", False),
+                    goal["met"],
+                    goal.get("disturbed", False),
+                )
                 for goal in row.get("goals") or ()
             ),
             settings=settings,

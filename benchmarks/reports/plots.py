@@ -200,17 +200,19 @@ def _speed(scenario: str, lines: Sequence[Line]) -> "plt.Figure":
     )
     for number, (panel, line) in enumerate(zip(panels[:, 0], lines, strict=True)):
         name = _through(line) or ""
+        steps = "steps-pre" if name.endswith("_per_s") else "default"  # a value for each iteration, at its end
         quiet, saving = line.series.get(_QUIET + name, []), line.series[name]
         scale = _middle([y for _, y in quiet or saving]) or 1.0
         if quiet:
-            panel.plot(*_scaled(quiet, scale), color="#888888", ls=":", lw=1.6)
-        panel.plot(*_scaled(saving, scale), color=_COLOURS[number % len(_COLOURS)], lw=1.3)
+            panel.plot(*_scaled(quiet, scale), color="#888888", ls=":", lw=1.6, drawstyle=steps)
+        colour = _COLOURS[number % len(_COLOURS)]
+        panel.plot(*_scaled(saving, scale), color=colour, lw=1.3, drawstyle=steps)
         panel.axhline(1, color="black", lw=0.6)
         panel.set_title(line.peer, loc="left", fontsize=10)
         panel.grid(color="#dddddd")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylim(bottom=0)
-    drawing.supylabel("iterations of the main loop in 50 ms, of the quiet median", fontsize=9)
+    drawing.supylabel("speed of the main loop, of the quiet median", fontsize=9)
     panels[-1, 0].set_xlabel("seconds from the beginning of the window")
     drawing.suptitle(f"{scenario}: the main loop's speed through saves\n{lines[0].state}", fontweight="bold")
     keys = [plt.Line2D([], [], color=_COLOURS[0]), plt.Line2D([], [], color="#888888", ls=":", lw=1.6)]

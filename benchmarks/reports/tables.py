@@ -71,7 +71,10 @@ def _verdict(goal: Verdict) -> str:
     sign = ">=" if goal.at_least else "<="
     if goal.value is None:
         return f"not judged, a figure was missing: {goal.text} {sign} {_plain(goal.limit)}"
-    return f"{'met' if goal.met else '**missed**'}: {goal.text}: {_plain(goal.value)} {sign} {_plain(goal.limit)}"
+    doubt = ", **disturbed**" if goal.disturbed else ""
+    return (
+        f"{'met' if goal.met else '**missed**'}{doubt}: {goal.text}: {_plain(goal.value)} {sign} {_plain(goal.limit)}"
+    )
 
 
 def _plain(value: float) -> str:

@@ -96,12 +96,14 @@ class Choices:
     left_out: tuple[LeftOut, ...] = ()
 
     def applied_to(self, scenario: Scenario) -> Scenario:
-        """The scenario as it shall run. Its goals stand for its own loop and store, and for asyncckpt's defaults, alone."""
+        """The scenario as it shall run. Its goals stand for its own loop, store and size, and for asyncckpt's defaults, alone."""
         rounds = self.rounds or (self.full and scenario.full_rounds) or scenario.rounds
         peers = self.peers or (self.full and scenario.full_peers) or scenario.peers
         own = (scenario.loop, scenario.store, scenario.workers, scenario.codec)
         asked = (self.loop, self.store, self.workers, self.codec)
-        moved = any(mine is not None and mine != default for mine, default in zip(asked, own, strict=True))
+        moved = self.size != 1 or any(
+            mine is not None and mine != default for mine, default in zip(asked, own, strict=True)
+        )
         return dataclasses.replace(
             scenario,
             rounds=rounds,

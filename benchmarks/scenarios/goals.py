@@ -33,21 +33,30 @@ def judge(spec: GoalSpec, results: Sequence[Result]) -> Goal | None:
     own = next((result for result in results if result.peer == spec.peer), None)
     if own is None:
         return None
-    return Goal(spec.text, _value(spec, own, results), spec.limit, spec.at_least)
+    value, rival = _value(spec, own, results)
+    disturbed = any("disturbed" in result.measures for result in (own, rival) if result is not None)
+    return Goal(spec.text, value, spec.limit, spec.at_least, disturbed and value is not None)
 
 
-def _value(spec: GoalSpec, own: Result, results: Sequence[Result]) -> float | None:
+def _value(spec: GoalSpec, own: Result, results: Sequence[Result]) -> tuple[float | None, Result | None]:
+    """The figure that is judged, and the rival that it is divided by."""
     value = figure(own, spec.measure)
     divisors = [figure(own, spec.of)] if spec.of is not None else []
+    rival = None
     if spec.against:
-        rivals = [figure(result, spec.measure) for result in results if _is_meant(result, spec.against)]
-        measured = [rival for rival in rivals if rival is not None]
-        divisors.append((max if spec.at_least else min)(measured, default=None))
+        measured = [
+            (found, result)
+            for result in results
+            if _is_meant(result, spec.against) and (found := figure(result, spec.measure)) is not None
+        ]
+        best = (max if spec.at_least else min)(measured, key=lambda pair: pair[0], default=(None, None))
+        divisors.append(best[0])
+        rival = best[1]
     for divisor in divisors:
         if value is None or not divisor:
-            return None
+            return None, rival
         value /= divisor
-    return value
+    return value, rival
 
 
 def figure(result: Result, measure: str) -> float | None:

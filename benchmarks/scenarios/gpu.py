@@ -51,6 +51,7 @@ class Steps:
     training: DeviceTraining
     each_s: list[float] = field(default_factory=list)
     name: str = "train"
+    long: bool = True
 
     def __call__(self, barrier: Barrier, /) -> None:
         started = time.perf_counter()
@@ -227,6 +228,7 @@ def _round(system: System, bench: _Bench, kept: Found) -> None:
             lost_s=(1 - window.per_s / quiet.per_s) * window.elapsed_s,
             gap_s=window.longest_gap_s,
             quiet_gap_s=quiet.longest_gap_s,
+            series_name="iterations_per_s",
             quiet_series=quiet.series(),
             series=window.series(),
             quiet_steps_s=tuple(quiet_steps.each_s),

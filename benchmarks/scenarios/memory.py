@@ -100,22 +100,28 @@ def _verify(state: State, peer: Peer, step: int) -> None:
 
 
 def _measures(start: _Look, looks: list[_Look], peak_bytes: int, raw_bytes: int) -> dict[str, measure.Spread | float]:
-    settled = next((look for look in looks if look.save >= SETTLED), looks[0])
-    later = [look for look in looks if look.save > settled.save] or [settled]
     peak_above_bytes = peak_bytes - start.memory.total_bytes
-    return {
+    found = {
         "peak_above_start_bytes": float(peak_above_bytes),
         "peak_beyond_state_bytes": float(peak_above_bytes - raw_bytes),
         "peak_of_state": peak_above_bytes / raw_bytes,
         "rest_above_start_bytes": float(looks[-1].memory.total_bytes - start.memory.total_bytes),
         "of_it_unmapped_bytes": float(looks[-1].memory.unmapped_bytes),
-        "growth_bytes": float(max(look.memory.total_bytes - settled.memory.total_bytes for look in later)),
-        "last_growth_bytes": float(later[-1].memory.total_bytes - settled.memory.total_bytes),
         "descriptors": measure.spread(look.descriptors for look in looks),
-        "descriptor_drift": float(max(abs(look.descriptors - settled.descriptors) for look in later)),
         "threads": measure.spread(look.threads for look in looks),
         "saves": float(looks[-1].save),
     }
+    settled = next((look for look in looks if look.save >= SETTLED), None)
+    later = [look for look in looks if settled and look.save > settled.save]
+    if settled and later:
+        grown = [look.memory.total_bytes - settled.memory.total_bytes for look in later]
+        drift = max(abs(look.descriptors - settled.descriptors) for look in later)
+        found |= {
+            "growth_bytes": float(max(grown)),
+            "last_growth_bytes": float(grown[-1]),
+            "descriptor_drift": float(drift),
+        }
+    return found
 
 
 def _look(save: int, apart: tuple[int, ...] = ()) -> _Look:

@@ -44,6 +44,7 @@ class Round:
     lost_s: float | None = None
     gap_s: float | None = None
     quiet_gap_s: float | None = None
+    series_name: str = "iterations_per_50ms"
     quiet_series: list[list[float]] = field(default_factory=list)
     series: list[list[float]] = field(default_factory=list)
 
@@ -72,6 +73,8 @@ class Samples:
         except (KeyboardInterrupt, SystemExit, GeneratorExit, *but):
             raise
         except BaseException as error:  # torch.distributed.checkpoint's CheckpointException is no Exception
+            if ending := _of_the_end(error):
+                raise ending from error
             self.error = described(error)
 
     def kept(self) -> list[Round]:
@@ -118,11 +121,21 @@ class Samples:
         return {name: value for name, value in found.items() if value is not None}
 
     def series(self) -> dict[str, list[list[float]]]:
-        """The last window that counts, and the quiet one before it: iterations of the main loop per 50 ms."""
+        """The last window that counts, and the quiet one before it: how fast the main loop was."""
         for one in reversed(self.kept()):
             if one.series:
-                return {"quiet_iterations_per_50ms": one.quiet_series, "iterations_per_50ms": one.series}
+                return {f"quiet_{one.series_name}": one.quiet_series, one.series_name: one.series}
         return {}
+
+
+def _of_the_end(error: BaseException | None) -> BaseException | None:
+    """What ends a process, out of an error that wraps it: DCP takes it for a failure of a rank."""
+    while error is not None:
+        for inner in (error, *(failure[0] for failure in getattr(error, "failures", {}).values())):
+            if isinstance(inner, (KeyboardInterrupt, SystemExit)):
+                return inner
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def described(error: BaseException) -> str:

@@ -74,6 +74,7 @@ _ALL = (
         "calls",
         "how long save() holds the caller: 1 GB in 150 tensors, idle main thread",
         (states.FEW,),
+        full_peers=("asyncckpt", "dcp-thread", "dcp-process"),
         rounds=3,
         full_rounds=60,
         uncounted=2,

@@ -188,14 +188,16 @@ def test_the_chosen_step_is_restored(choice, step):
     assert contents(state) == contents(training(step))
 
 
-def test_without_a_checkpoint_restore_raises_and_the_savers_way_returns_nothing():
+def test_without_a_checkpoint_restore_raises_and_the_savers_way_returns_nothing(caplog):
     with pytest.raises(errors.CheckpointNotFoundError):
         restore(URL, {}, store=MemoryStore())
     with pytest.raises(errors.CheckpointNotFoundError):
         load(URL, store=MemoryStore(), step=Best("loss"))
-    assert restore_from(MemoryStore(), {}).restored is None
+    with caplog.at_level("INFO", logger="asyncckpt"):
+        assert restore_from(MemoryStore(), {}, url=URL).restored is None
+    assert f"nothing to restore at {URL}" in caplog.text
     with pytest.raises(errors.CheckpointNotFoundError) as caught:
-        restore_from(stored_run(5), {}, step=6)
+        restore_from(stored_run(5), {}, url=URL, step=6)
     assert caught.value.step == 6
 
 
@@ -308,7 +310,7 @@ def test_a_damaged_latest_falls_back_to_the_one_before_with_a_warning(damage):
     state = training(1)
     seen = []
     with pytest.warns(UserWarning, match="checkpoint 20") as warned:
-        outcome = restore_from(store, state, hooks=events.Hooks((seen.append,)))
+        outcome = restore_from(store, state, url=URL, hooks=events.Hooks((seen.append,)))
     assert outcome.restored.step == 10
     assert outcome.damaged == (() if damage is damage_version else (20,))
     assert contents(state) == contents(training(10))
@@ -453,7 +455,7 @@ def test_a_checkpoint_that_retention_takes_away_is_no_damage():
     state = training(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        outcome = restore_from(store, state)
+        outcome = restore_from(store, state, url=URL)
     assert (outcome.restored.step, outcome.damaged) == (30, ())
     assert contents(state) == contents(training(30))
 
@@ -472,7 +474,7 @@ def test_a_listing_that_never_agrees_with_the_records_is_no_empty_run():
             raise errors.ObjectNotFoundError("no such object", key=key)
 
     with pytest.raises(errors.CheckpointNotFoundError) as caught:
-        restore_from(Forgetful(stored_run(10)), {})
+        restore_from(Forgetful(stored_run(10)), {}, url=URL)
     assert caught.value.step == 10
 
 
@@ -562,7 +564,7 @@ def test_what_is_whole_at_the_second_reading_is_not_given_up():
                 self.flipped = True
 
     state = training(1)
-    restored = restore_from(Flipping(stored_run(10, 20)), state)
+    restored = restore_from(Flipping(stored_run(10, 20)), state, url=URL)
     assert restored.restored.step == 20
     assert restored.damaged == ()
     assert contents(state) == contents(training(20))

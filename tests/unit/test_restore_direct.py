@@ -286,7 +286,7 @@ def test_autograd_is_told_that_values_changed():
 def test_progress_goes_from_nothing_to_all_bytes_over_both_passes():
     told = []
     source = training(1)
-    restore_from(stored(source), training(2), hooks=events.Hooks((told.append,)))
+    restore_from(stored(source), training(2), url=URL, hooks=events.Hooks((told.append,)))
     done = [event.done_bytes for event in told]
     assert done == sorted(done)
     assert len(set(done)) >= 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import asyncckpt
-from asyncckpt import KeepEvery, KeepLast, Run, Saver, errors, events
+from asyncckpt import Best, KeepEvery, KeepLast, Run, Saver, errors, events
 from asyncckpt.store.memory import MemoryStore
 from tests.faulty import FaultyStore
 from tests.processes import PATIENCE_S, descriptors
@@ -70,6 +70,18 @@ def test_a_run_that_resumes_ends_bit_for_bit_where_an_uninterrupted_one_does(url
 def test_nothing_to_restore_is_none(url):
     with Saver(url) as saver:
         assert saver.restore(Training().state) is None
+
+
+def test_a_metric_that_no_checkpoint_has_is_no_new_run(url):
+    training = Training().step(1)
+    with Saver(url) as saver:
+        saver.save(1, training.state, metrics={"val_loss": 1.0})
+        saver.wait()
+        before = training.facts()
+        with pytest.raises(errors.CheckpointNotFoundError, match=r"1 are there \(the last: 1\).*metrics=\{'val_los'"):
+            saver.restore(training.state, step=Best("val_los"))
+        assert_same(training.facts(), before)
+        assert saver.restore(training.state, step=Best("val_loss", mode="min")).step == 1
 
 
 def test_every_codec_restores_exactly(url):
