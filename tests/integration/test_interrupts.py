@@ -14,8 +14,16 @@ from tests.processes import PATIENCE_S, eventually
 INTERRUPTS = 150
 
 
+@pytest.fixture
+def grad_mode():
+    """An interrupt inside torch's own `no_grad.__enter__`, which is Python code, leaves the thread without gradients: as it was again."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 # one that comes in a callback of a weak reference is swallowed by Python itself, with this warning
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("grad_mode")
 @pytest.mark.parametrize("pending", [1, 2])
 def test_an_interrupt_at_any_moment_of_save_leaves_nothing_that_the_next_one_waits_for(tmp_path, pending):
     def interrupt(*_: object) -> None:
