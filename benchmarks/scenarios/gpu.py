@@ -13,7 +13,7 @@ import torch
 
 from asyncckpt.engine.choice import SETTLING_SAVES
 from benchmarks.devices import copy_s, host_memory, link_gbps
-from benchmarks.loops import Barrier, DeviceTraining, Window, no_barrier
+from benchmarks.loops import DeviceTraining, Window, no_barrier
 from benchmarks.measure import Observer, Spread, spread
 from benchmarks.results import Result
 from benchmarks.scenarios.base import BitsDifferError, Run, Scenario, System, Verifier
@@ -42,21 +42,6 @@ class Size:
     layers: int = 8
     batch: int = 16
     window: int = 512
-
-
-@dataclass(slots=True)
-class Steps:
-    """A training loop that notes how long each step took."""
-
-    training: DeviceTraining
-    each_s: list[float] = field(default_factory=list)
-    name: str = "train"
-    long: bool = True
-
-    def __call__(self, barrier: Barrier, /) -> None:
-        started = time.perf_counter()
-        self.training(barrier)
-        self.each_s.append(time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +179,14 @@ def _settled(system: System, bench: _Bench, context: Run) -> list[float]:
 def _round(system: System, bench: _Bench, kept: Found) -> None:
     """A window without a save, then one that begins with a save and ends when it is durable; then the save is compared."""
     peer, around = system.peer, Observer()
-    quiet_steps, steps = Steps(bench.training), Steps(bench.training)
     quiet, end_s = Window(), time.perf_counter() + QUIET_S
-    quiet.run(quiet_steps, lambda: time.perf_counter() >= end_s and len(quiet_steps.each_s) >= LEAST_STEPS)
+    quiet.run(bench.training, lambda: time.perf_counter() >= end_s and len(quiet.each) >= LEAST_STEPS)
     bench.keep()
     observer, waits, window = Observer(system.servers), Waits(), Window()
     saving = peer.save(next(bench.steps), bench.state)
     window.run(
-        steps,
-        lambda: saving.done() and len(steps.each_s) >= LEAST_STEPS,
+        bench.training,
+        lambda: saving.done() and len(window.each) >= LEAST_STEPS,
         no_barrier if peer.guards_steps else waits.barrier(saving.wait_staged),
     )
     saving.wait_durable()
@@ -231,8 +215,8 @@ def _round(system: System, bench: _Bench, kept: Found) -> None:
             series_name="iterations_per_s",
             quiet_series=quiet.series(),
             series=window.series(),
-            quiet_steps_s=tuple(quiet_steps.each_s),
-            first_step_s=saving.returned_s + steps.each_s[0],
-            later_steps_s=tuple(steps.each_s[1:]),
+            quiet_steps_s=tuple(took_s for _, took_s in quiet.each),
+            first_step_s=window.each[0][1],  # the window began right before the call
+            later_steps_s=tuple(took_s for _, took_s in window.each[1:]),
         )
     )
