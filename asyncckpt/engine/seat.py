@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asyncckpt.engine.cores import runnable_threads
+from asyncckpt.engine.cores import runnable_threads, runnable_threads_of
 from asyncckpt.engine.schedule import Task
 from asyncckpt.engine.wire import Channel, Message, pair
 from asyncckpt.engine.worker import run_worker
@@ -72,11 +72,9 @@ class Seat:
 
     def runnable_threads(self) -> int:
         """How many of the worker's threads run or want to."""
-        count = 0
-        with contextlib.suppress(OSError):  # it ended meanwhile, or one of its threads
-            for task in Path(f"/proc/{self.pid}/task").iterdir():
-                count += (task / "stat").read_bytes().rpartition(b")")[2].split(None, 1)[0] == b"R"
-        return count
+        with contextlib.suppress(OSError):
+            return runnable_threads_of(self.pid)
+        return 0
 
     def starves(self, now_s: float, after_s: float) -> bool:
         """Whether its encoder has done little but wait for a core in the last `after_s` seconds of work.
@@ -174,9 +172,12 @@ def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> boo
 
 def may_encode_more(seats: Collection[Seat]) -> bool:
     """Whether those who are not ours leave a core to one more encoder, at this moment."""
-    own = sum(seat.runnable_threads() for seat in seats)
     encoders = sum(seat.encoding for seat in seats)
-    return room_for_one_more(runnable_threads(), own, encoders, os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    runnable = runnable_threads()
+    if room_for_one_more(runnable, 0, encoders, cores):  # whoever they are: spares a look at every upload thread
+        return True
+    return room_for_one_more(runnable, sum(seat.runnable_threads() for seat in seats), encoders, cores)
 
 
 def hire(hello: dict[str, Any], rules: Sequence[KeepRule]) -> Seat:
