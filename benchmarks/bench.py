@@ -1,6 +1,6 @@
 """Checkpoints side by side: one state, one store, one run.
 
-    python -m benchmarks.bench                                    # the quick set, five and a half minutes on two cores
+    python -m benchmarks.bench                                    # the quick set, under six minutes on two cores
     python -m benchmarks.bench --full --json results.jsonl        # everything; keep the figures
     python -m benchmarks.bench python --loop torch --rounds 5     # one scenario, another main thread
     python -m benchmarks.bench idle --peers asyncckpt,dcp-process,torch.save --store disk
@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from benchmarks import loops, peers, results, scenarios, stores
 from benchmarks.arguments import count, file_to_append_to, folder, names_among, positive
+from benchmarks.reports import lines, overview
 from benchmarks.trained import trained
 
 _ROOT = Path(__file__).parent.parent
@@ -101,17 +102,22 @@ def _each_alone(args: argparse.Namespace, names: Sequence[str]) -> int:
     """Every scenario in a process of its own: none measures what another left behind."""
     trained()  # before the first, so that it is not trained under a scenario's heading
     options = _options_alone(sys.argv[1:], names)
-    for option, path in (("--json", args.json), ("--folder", args.folder)):  # children run in another folder
-        options += [option, str(path.absolute())] if path else []
+    options += ["--folder", str(args.folder.absolute())] if args.folder else []  # children run in another folder
     codes = []
     began = time.monotonic()
-    for name in names:
-        print(f"{time.monotonic() - began:5.0f} s  {name}", file=sys.stderr, flush=True)
-        known = [peer for peer in args.peers or () if peer in scenarios.peers_of(name)]
-        own = ["--peers", ",".join(known)] if known else []
-        command = [sys.executable, "-m", "benchmarks.bench", *options, *own, "--", name]
-        codes.append(_run(command))
-    print(f"{time.monotonic() - began:5.0f} s  all", file=sys.stderr, flush=True)
+    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as found:
+        for name in names:
+            print(f"{time.monotonic() - began:5.0f} s  {name}", file=sys.stderr, flush=True)
+            known = [peer for peer in args.peers or () if peer in scenarios.peers_of(name)]
+            own = ["--peers", ",".join(known)] if known else []
+            command = [sys.executable, "-m", "benchmarks.bench", *options, *own, "--json", found.name, "--", name]
+            codes.append(_run(command))
+            if args.json:
+                with args.json.open("a") as kept:
+                    kept.write(found.read())  # from where the last one ended
+        print(f"{time.monotonic() - began:5.0f} s  all", file=sys.stderr, flush=True)
+        if whole := overview.table(lines.read([Path(found.name)])):
+            print(whole, flush=True)
     return int(any(codes))  # one that was killed has a negative one
 
 

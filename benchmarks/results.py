@@ -164,13 +164,19 @@ def append(path: Path, results: Sequence[Result], origin: Origin) -> None:
     """One JSON line a result."""
     about = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python", "-m", origin.program, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", origin.program, *_asked(sys.argv[1:])]),
         "values": origin.values,
         "machine": origin.machine,
     }
     with path.open("a") as file:
         for result in results:
             file.write(json.dumps(result.to_json() | about) + "\n")
+
+
+def _asked(words: Sequence[str]) -> list[str]:
+    """Without where the lines go."""
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if before != "--json" and word.partition("=")[0] != "--json"]
 
 
 def _others() -> dict[str, str]:

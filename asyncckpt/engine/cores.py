@@ -14,7 +14,7 @@ def runnable_threads_of(pid: int) -> int:
     """How many threads of this process run or want to. `OSError` where it ended, or one of them did meanwhile."""
     folder = f"/proc/{pid}/task"
     # the state is the first word behind the name, which may hold anything
-    states = (_line(f"{folder}/{tid}/stat").rpartition(b")")[2].split(None, 1)[0] for tid in os.listdir(folder))
+    states = (_line(f"{folder}/{tid}/stat").rpartition(b")")[2].split(None, 1)[0] for tid in os.listdir(folder))  # noqa: PTH208
     return sum(state == b"R" for state in states)
 
 

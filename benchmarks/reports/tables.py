@@ -97,7 +97,7 @@ def _scenario(name: str, lines: Sequence[Line]) -> list[str]:
     for columns in _cut(list(names)):
         rows = [["system", *apart, *map(_title, columns), "saves (dropped)"]]
         for number, line in measured:
-            cells = [_text(measure, line.measures.get(measure)) for measure in columns]
+            cells = [text(measure, line.measures.get(measure)) for measure in columns]
             rows.append([line.peer, *(where[title][number] for title in apart), *cells, _saves(line)])
         found.append(grid(rows))
     failed = [
@@ -161,7 +161,8 @@ def _title(measure: str) -> str:
     return measure.removesuffix("_bytes").removesuffix("_s").replace("_", " ")
 
 
-def _text(measure: str, value: Spread | None) -> str:
+def text(measure: str, value: Spread | None) -> str:
+    """The median with its unit, and the smallest and largest sample where they differ."""
     if value is None:
         return "-"
     median, least, most = (figure(measure, number) for number in (value.median, value.min, value.max))

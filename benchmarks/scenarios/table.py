@@ -80,12 +80,13 @@ _ALL = (
         uncounted=2,
         settles=False,
         goals=_calls(0.5e-3, 2e-3),
+        quick=False,
     ),
     Scenario(
         "idle",
         "1 GB beside an idle main thread, in memory: save, restore, one tensor",
         (states.DENSE,),
-        peers=("asyncckpt", "dcp-thread", "torch.save"),
+        peers=("asyncckpt", "dcp-thread", "torch_checkpointing", "torch.save"),
         full_peers=("asyncckpt", RAW, PLANES, "asyncckpt-1worker", *ASYNC[1:], *DEFAULT_STAGING, *BLOCKING),
         rounds=2,
         full_rounds=3,
@@ -104,7 +105,7 @@ _ALL = (
         peers=("asyncckpt", "dcp-thread"),
         full_peers=(*ASYNC, *DEFAULT_STAGING, "torch.save"),
         loop="python",
-        rounds=2,
+        rounds=1,
         full_rounds=3,
         goals=(_durable(0.35, ASYNCHRONOUS), *_beside("python")),
     ),
@@ -130,7 +131,6 @@ _ALL = (
         rounds=2,
         full_rounds=3,
         goals=_beside("training"),
-        quick=False,
     ),
     Scenario(
         "small",
@@ -203,6 +203,7 @@ _ALL = (
         rounds=3,
         full_rounds=4,
         goals=(GoalSpec("most bytes above the state and its copy", "peak_beyond_state_bytes", 256 * MIB),),
+        quick=False,
     ),
     Scenario(
         "flat",
@@ -215,6 +216,7 @@ _ALL = (
             GoalSpec("most bytes above those after the fifth save", "growth_bytes", 20e6),
             GoalSpec("descriptors more or less than after the fifth save", "descriptor_drift", 0),
         ),
+        quick=False,
     ),
     Scenario(
         "bytes",

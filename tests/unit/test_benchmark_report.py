@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.measure import Spread
-from benchmarks.reports import lines, tables
+from benchmarks.reports import lines, overview, tables
+from benchmarks.scenarios import SCENARIOS
 from benchmarks.stages.base import Limit, Stage, table, total
 
 pytestmark = pytest.mark.bench
@@ -72,9 +73,9 @@ def test_a_row_holds_medians_with_the_smallest_and_largest_sample(tmp_path, caps
 
 
 def test_samples_of_different_units_keep_their_units():
-    assert tables._text("durable_s", Spread(0.9, 0.8, 1.2, 3)) == "900 ms (800 ms .. 1.20 s)"
-    assert tables._text("stored_bytes", Spread(8e8, 8e8, 8e8, 3)) == "800 MB"
-    assert tables._text("encode_gb_per_s", Spread(1.234, 1.1, 1.3, 3)) == "1.23 (1.10 .. 1.30)"
+    assert tables.text("durable_s", Spread(0.9, 0.8, 1.2, 3)) == "900 ms (800 ms .. 1.20 s)"
+    assert tables.text("stored_bytes", Spread(8e8, 8e8, 8e8, 3)) == "800 MB"
+    assert tables.text("encode_gb_per_s", Spread(1.234, 1.1, 1.3, 3)) == "1.23 (1.10 .. 1.30)"
 
 
 def test_dropped_samples_are_shown_beside_the_saves(tmp_path, capsys):
@@ -217,3 +218,55 @@ def test_a_stage_is_held_against_its_limit_by_the_fastest_runs():
     assert limit == Limit("both", 0.1)
     assert put.gb_per_s == 1.0
     assert "| put | 1.00 | 0.5 (0.4 .. 0.6) | 0.25 | both: 0.1 | 25% |" in table([memcpy, put])
+
+
+# -- the overview
+
+
+def test_the_overview_has_a_column_for_each_system_and_leaves_out_ours_set_otherwise(tmp_path):
+    path = write(
+        tmp_path / "r",
+        row(measures=STAGED | {"restore_s": 0.4}),
+        row(peer="asyncckpt-planes"),
+        row(peer="torch.save", measures={"durable_s": 0.3, "disturbed": 2.0}),
+        row(scenario="wan", store="wan", peer="s3torchconnector", measures={"durable_s": 1.6}),
+    )
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table_of(path)]
+    assert found == [
+        ["1 GB of fp32 weights and AdamW state", "asyncckpt", "torch.save", "s3torchconnector"],
+        ["---", "---", "---", "---"],
+        ["`save()` returns", "2 ms", "", ""],
+        ["durable in memory", "2 s (1.50 .. 2.50 s)", "300 ms*", ""],
+        ["restored from memory", "400 ms", "", ""],
+        ["S3 with 30 ms a request and 90 MB/s a connection: durable", "", "", "1.60 s"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"store": "disk"},
+        {"loop": "python"},
+        {"settings": {"size": 0.1}},
+        {"settings": {"workers": 1}},
+        {"settings": {"codec": "planes"}},
+        {"measures": {"encode_gb_per_s": 1.0}},
+    ],
+)
+def test_the_overview_shows_no_scenario_that_was_run_otherwise(tmp_path, other):
+    assert table_of(write(tmp_path / "r", row(**other))) == []
+
+
+def test_the_overview_shows_scenarios_where_they_run_by_themselves():
+    for shown in overview.ROWS:
+        scenario = SCENARIOS[shown.scenario]
+        assert (shown.loop, shown.store) == (scenario.loop, scenario.store)
+
+
+def test_the_readme_shows_what_the_quick_set_ends_with():
+    kept = max((ROOT / "benchmarks" / "results").glob("*/quick.jsonl"))
+    assert overview.table(lines.read([kept])) in (ROOT / "README.md").read_text()
+
+
+def table_of(path: Path) -> list[str]:
+    return overview.table(lines.read([path])).splitlines()
