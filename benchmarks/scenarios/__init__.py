@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import peers
 from benchmarks.results import Result
-from benchmarks.scenarios import codec, memory, saves
+from benchmarks.scenarios import alone, codec, memory, saves
 from benchmarks.scenarios.base import Choices, LeftOut, Run, Scenario, SystemFailedError
 from benchmarks.scenarios.table import SCENARIOS
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 CODECS = tuple(codec.CODECS)
-KINDS = {"saves": saves.run, "growth": saves.growth, "memory": memory.run, "codec": codec.run}
+KINDS = {"saves": saves.run, "alone": alone.run, "growth": saves.growth, "memory": memory.run, "codec": codec.run}
 NAMES = tuple(SCENARIOS)
 
 

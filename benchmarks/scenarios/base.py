@@ -28,7 +28,7 @@ CHECK_S = 300.0  # a child that verifies longer than this hangs
 
 @dataclass(frozen=True)
 class Scenario:
-    """One row of the table. `kind` chooses the procedure: `saves`, `growth`, `memory` or `codec`.
+    """One row of the table. `kind` chooses the procedure: `saves`, `alone`, `growth`, `memory` or `codec`.
 
     `quick`: in the quick set; `full_rounds` and `full_peers` are the full set's choice where it differs. `uncounted`: first rounds
     of every system that are not counted; `settles`: five saves of every

@@ -18,7 +18,7 @@ from benchmarks.measure import Observer, Spread, spread
 from benchmarks.results import Result
 from benchmarks.scenarios.base import BitsDifferError, Run, Scenario, System, Verifier
 from benchmarks.scenarios.samples import Round, Samples, Save
-from benchmarks.scenarios.saves import QUIET_S, Waits, rotated
+from benchmarks.scenarios.saves import QUIET_S, Waits, turned
 from benchmarks.states import StateSpec
 
 PEERS = (
@@ -123,7 +123,7 @@ def run(context: Run, device: torch.device, size: Size) -> list[Result]:
                 kept.idle_staged_s += _settled(opened[name], bench, context)
             context.warn(name, kept.error)
         for number in range(1, context.scenario.rounds + 1):
-            for name, system in rotated(opened, number - 1):
+            for name, system in turned(list(opened.items()), number - 1):
                 kept = found[name]
                 if kept.error is None:
                     with kept.failing(BitsDifferError):

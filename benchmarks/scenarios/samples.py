@@ -28,7 +28,8 @@ class Round:
     """The saves of one window and what the loop did meanwhile. `copy_s`: a plain copy of the state, beside the same loop.
 
     `connections`: most that the server has had open at once so far. `plain_put_s`, `plain_get_s`: the bytes of one save, as plain HTTP.
-    `lost_s`: of the loop's time, by each save. `put_cpu_s_per_gb`: what putting them through this package's store costs its client, alone.
+    `lost_s`: of the loop's time, by each save. `quiet_speed`: the loop's while nothing is saved, of what it was before the system was opened.
+    `put_cpu_s_per_gb`: what putting them through this package's store costs its client, alone.
     """
 
     saves: tuple[Save, ...]
@@ -41,6 +42,7 @@ class Round:
     plain_get_s: float | None = None
     put_cpu_s_per_gb: float | None = None
     speed: float | None = None
+    quiet_speed: float | None = None
     lost_s: float | None = None
     gap_s: float | None = None
     quiet_gap_s: float | None = None
@@ -97,6 +99,7 @@ class Samples:
             "durable_s": spread(save.durable_s for save in saves),
             "durable_s_per_gb": spread(save.durable_s / gb for save in saves),
             "main_speed": _spread(one.speed for one in rounds),
+            "quiet_speed": _spread(one.quiet_speed for one in rounds),
             "lost_s": _spread(one.lost_s for one in rounds),
             "longest_gap_s": _most(one.gap_s for one in rounds),
             "quiet_gap_s": _most(one.quiet_gap_s for one in rounds),

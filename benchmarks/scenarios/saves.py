@@ -6,9 +6,10 @@ import itertools
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ AGAIN = 2  # times that a disturbed round is repeated
 WINDOW_SAVES = 4  # what the fastest makes in a window; none is deleted before its end
 QUIET_S = 2.0
 SAVING_S = 2.0
+
+Item = TypeVar("Item")
 
 
 def run(context: Run) -> list[Result]:
@@ -71,6 +74,10 @@ def growth(context: Run) -> list[Result]:
 
 
 def _compare(context: Run, spec: StateSpec) -> list[Result]:
+    return [result for result, _ in sampled(context, spec)]
+
+
+def sampled(context: Run, spec: StateSpec) -> list[tuple[Result, Samples]]:
     """A round of a system is a window in which nothing is saved (beside a busy loop), then saves: one, or beside a busy loop whole
     saves back to back for at least two seconds. Every save is restored and compared afterwards. The state's bytes change between
     rounds, and some of them whenever a snapshot is said to be complete: who says so too early, or stores an older save again, is found out. A system that cannot run is left out from there on, with its error; if that shows when it saves for the first time,
@@ -83,7 +90,9 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
     try:
         _room(scenario, spec)
         state = build(spec)
-        bench = _Bench(state, LOOPS[scenario.loop](), Verifier(state, context.warm) if scenario.verified else None)
+        loop = LOOPS[scenario.loop]()
+        undisturbed = quiet(loop, 2 * QUIET_S) if scenario.kind == "alone" else None
+        bench = _Bench(state, loop, Verifier(state, context.warm) if scenario.verified else None, undisturbed)
         for name, kept in samples.items():
             if kept.error is not None:
                 continue
@@ -95,7 +104,7 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
                     _begin(opened[name], bench, context)
                 _begin_again_without(name, kept.error, context, spec)
         for number in range(1, scenario.rounds + 1):
-            for name, system in rotated(opened, number - 1):
+            for name, system in turned(list(opened.items()), number - 1):
                 kept = samples[name]
                 if kept.error is not None:
                     continue
@@ -116,23 +125,25 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
             with samples[name].failing():
                 system.peer.close()
     return [
-        context.result(
-            spec,
-            state,
-            name,
-            measures=kept.measures(state.raw_bytes if state else 0),
-            series=kept.series(),
-            settings={"asynchronous": name in opened and opened[name].peer.asynchronous},
-            error=kept.error,
+        (
+            context.result(
+                spec,
+                state,
+                name,
+                measures=kept.measures(state.raw_bytes if state else 0),
+                series=kept.series(),
+                settings={"asynchronous": name in opened and opened[name].peer.asynchronous},
+                error=kept.error,
+            ),
+            kept,
         )
         for name, kept in samples.items()
     ]
 
 
-def rotated(opened: dict[str, System], by: int) -> list[tuple[str, System]]:
+def turned(order: Sequence[Item], by: int) -> list[Item]:
     """Another one begins in every round."""
-    order = list(opened.items())
-    return order[by % len(order) :] + order[: by % len(order)] if order else []
+    return [*order[by % len(order) :], *order[: by % len(order)]] if order else []
 
 
 @contextlib.contextmanager
@@ -162,11 +173,12 @@ def _room(scenario: Scenario, spec: StateSpec) -> None:
 
 @dataclass(slots=True)
 class _Bench:
-    """What all systems share."""
+    """What all systems share. `undisturbed`: the loop before any system was opened."""
 
     state: State
     loop: Loop
     verifier: Verifier | None
+    undisturbed: Window | None = None
     steps: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     ends: list[torch.Tensor] = field(init=False)
     marks: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, 200)))  # exact in every dtype
@@ -262,6 +274,7 @@ def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
     served = counted and verifier and isinstance(system.store, SinkStore)
     plain = plain_s(system.store, saves[0].stored_bytes) if served else None
     puts = put_cpu_s(system.store, saves[0].stored_bytes) if served and peer.name.startswith(OURS) else None
+    speed = None if idle or not counted else window.per_s / (bench.undisturbed or before).per_s
     return Round(
         saves=tuple(saves),
         foreign_cores=max(observed.foreign_cores, around.stop().foreign_cores),
@@ -272,8 +285,9 @@ def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
         plain_put_s=plain[0] if plain else None,
         plain_get_s=plain[1] if plain else None,
         put_cpu_s_per_gb=puts / saves[0].stored_bytes * 1e9 if puts else None,
-        speed=None if idle or not counted else window.per_s / before.per_s,
-        lost_s=None if idle or not counted else (1 - window.per_s / before.per_s) * window.elapsed_s / len(saves),
+        speed=speed,
+        quiet_speed=before.per_s / bench.undisturbed.per_s if bench.undisturbed and counted else None,
+        lost_s=None if speed is None else (1 - speed) * window.elapsed_s / len(saves),
         gap_s=None if idle else window.longest_gap_s,
         quiet_gap_s=None if idle else before.longest_gap_s,
         series_name="iterations_per_s" if loop.long else "iterations_per_50ms",

@@ -128,8 +128,9 @@ _ALL = (
         peers=("asyncckpt", "dcp-thread"),
         full_peers=(*ASYNC, *DEFAULT_STAGING),
         loop="train",
-        rounds=2,
+        rounds=1,
         full_rounds=3,
+        kind="alone",
         goals=_beside("training"),
     ),
     Scenario(

@@ -1,6 +1,7 @@
 """The benchmark's own sums: goals, dropped samples, and a run from the command line to its lines of JSON."""
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -177,6 +178,37 @@ def test_the_growth_over_some_of_the_sizes_is_not_that_over_all(monkeypatch):
             assert line.measures.get("s_per_gb_growth") == growth
             assert [goal.value for goal in line.goals] == [growth]
             missing.append("4")
+
+
+@pytest.mark.slow
+def test_systems_that_are_measured_alone_take_turns_in_processes_of_their_own(monkeypatch, tmp_path, capfd):
+    small = StateSpec("small", 4_000_000, 4)
+    scenario = replace(
+        SCENARIOS["train"], states=(small,), peers=("torch.save", "safetensors"), rounds=2, loop="python", goals=()
+    )
+    monkeypatch.setitem(SCENARIOS, "train", scenario)
+    found = scenarios.run("train", Choices(tmp_path, warm=False))
+    assert [result.peer for result in found] == ["torch.save", "safetensors"]
+    for result in found:
+        assert result.error is None
+        assert result.settings["rounds"] == 2
+        for measure in ("main_speed", "quiet_speed", "lost_s"):
+            assert result.measures[measure].samples == 2, "a round in each of two processes"
+    said = [line.split()[2] for line in capfd.readouterr().err.splitlines() if "1/1" in line]
+    turns = [
+        name for name, _ in itertools.groupby(said)
+    ]  # a disturbed round is repeated, and another one begins the second round
+    assert turns == ["torch.save", "safetensors", "torch.save"]
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_system_that_fails_alone_is_a_line_with_its_error_and_is_not_tried_again(monkeypatch, tmp_path, capfd):
+    scenario = replace(SCENARIOS["train"], states=(StateSpec("vast", 10**15, 4),), peers=("torch.save",), rounds=3)
+    monkeypatch.setitem(SCENARIOS, "train", scenario)
+    (result,) = scenarios.run("train", Choices(tmp_path, warm=False))
+    assert result.error is not None
+    assert "free memory" in result.error
+    assert "left out" not in capfd.readouterr().err
 
 
 def test_assert_is_refused_where_no_goal_stands():
