@@ -128,10 +128,10 @@ _ALL = (
         peers=("asyncckpt", "dcp-thread"),
         full_peers=(*ASYNC, *DEFAULT_STAGING),
         loop="train",
-        rounds=1,
-        full_rounds=3,
+        rounds=2,
         kind="alone",
         goals=_beside("training"),
+        quick=False,
     ),
     Scenario(
         "small",
