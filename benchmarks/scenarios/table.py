@@ -126,7 +126,7 @@ _ALL = (
         "1 GB beside training on all cores: what a step waits, and how training goes on",
         (states.DENSE,),
         peers=("asyncckpt", "dcp-thread"),
-        full_peers=(*ASYNC, *DEFAULT_STAGING),
+        full_peers=(*ASYNC, *DEFAULT_STAGING, "torch.save"),
         loop="train",
         rounds=2,
         kind="alone",
