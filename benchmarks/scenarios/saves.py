@@ -110,8 +110,7 @@ def sampled(context: Run, spec: StateSpec) -> list[tuple[Result, Samples]]:
                     continue
                 with kept.failing(BitsDifferError):
                     for _ in range(1 + AGAIN):
-                        context.warm(state, 1 if scenario.loop == "idle" else WINDOW_SAVES)
-                        found = _round(system, bench, counted=True)
+                        found = _round(system, bench, context, counted=True)
                         context.say(name, number, found.summary())
                         kept.rounds.append(found)
                         if found.foreign_cores <= FOREIGN_CORES:
@@ -207,8 +206,7 @@ def _begin(system: System, bench: _Bench, context: Run) -> None:
     system.peer.prepare(bench.state)
     _settle(system, bench, context)
     for number in range(1 - context.scenario.uncounted, 1):
-        context.warm(bench.state)
-        context.say(system.peer.name, number, _round(system, bench, counted=False).summary())
+        context.say(system.peer.name, number, _round(system, bench, context, counted=False).summary())
 
 
 def _settle(system: System, bench: _Bench, context: Run) -> None:
@@ -232,13 +230,16 @@ def _settle(system: System, bench: _Bench, context: Run) -> None:
         context.say(peer.name, number - SETTLING_SAVES, f"settles: durable {saving.durable_s:.2f} s{stored}")
 
 
-def _round(system: System, bench: _Bench, *, counted: bool) -> Round:
+def _round(system: System, bench: _Bench, context: Run, *, counted: bool) -> Round:
     peer, loop, verifier = system.peer, bench.loop, bench.verifier
     bench.state.advance()
     idle = loop.name == "idle"
     around = Observer()
     before = quiet(loop, QUIET_S if counted and not idle else 0.0)
     copy_s = _copied_beside(loop, verifier) if verifier and counted else None
+    context.warm(
+        bench.state, WINDOW_SAVES if counted and not idle else 1
+    )  # last: two seconds later the host has taken it back
     requests = system.store.requests()
     observer = Observer(system.servers)
     window, waits = Window(), Waits()

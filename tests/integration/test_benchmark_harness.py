@@ -369,8 +369,9 @@ def test_a_system_whose_snapshot_is_not_complete_when_it_says_so_is_found_out(tm
     state = build(StateSpec("tiny", 3_000_000, 20))
     bench = _Bench(state, LOOPS[loop](), Verifier(state))
     system = System(Eager(tmp_path, honest=honest), stores.open_store("tmpfs", tmp_path / "store"), ())
+    context = Run(SCENARIOS["python"], Choices(tmp_path), contextlib.ExitStack())
     with contextlib.nullcontext() if honest else pytest.raises(BitsDifferError):
-        assert len(_round(system, bench, counted=True).saves) >= 1
+        assert len(_round(system, bench, context, counted=True).saves) >= 1
     assert Saving.on_staged is None
 
 
