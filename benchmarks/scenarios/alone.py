@@ -6,14 +6,12 @@ barrier instead of spinning (`gomp_throttled_spin_count_var` in its source): on 
 slow down everybody's quiet windows alike and be seen in nobody's figures.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 
 from benchmarks.results import Result
-from benchmarks.scenarios.base import Choices, Run, Scenario, judged
+from benchmarks.scenarios.base import Choices, Run, Scenario, in_own_process, judged
 from benchmarks.scenarios.samples import Samples, described
 from benchmarks.scenarios.saves import sampled, turned
 from benchmarks.states import StateSpec
@@ -50,12 +48,11 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
 
 def _in_child(context: Run, spec: StateSpec, name: str) -> tuple[Result, Samples]:
     own = dataclasses.replace(context.scenario, peers=(name,), rounds=1)
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-        try:
-            return alone.submit(_one, own, context.choices, spec).result()
-        except BrokenProcessPool as error:  # the kernel's killer, most likely
-            context.warn(name, described(error))
-            return context.result(spec, None, name, measures={}), Samples(error=described(error))
+    try:
+        return in_own_process(_one, own, context.choices, spec)
+    except BrokenProcessPool as error:  # the kernel's killer, most likely
+        context.warn(name, described(error))
+        return context.result(spec, None, name, measures={}), Samples(error=described(error))
 
 
 def _one(scenario: Scenario, choices: Choices, spec: StateSpec) -> tuple[Result, Samples]:

@@ -1,5 +1,6 @@
 """What a scenario is, what a run of it is given, and how a save is checked."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -23,6 +24,7 @@ from benchmarks.states import State, StateSpec
 from benchmarks.stores import Store, open_store
 from benchmarks.stores.s3 import SinkStore
 
+Found = TypeVar("Found")
 CHECK_S = 300.0  # a child that verifies longer than this hangs
 
 
@@ -270,6 +272,18 @@ class Verifier:
         many_s = seconds()
         with threadpool_limits(1, user_api="openmp"):  # counts for the calling thread alone
             return min(many_s, seconds())
+
+
+def in_own_process(work: Callable[..., Found], *args: Any) -> Found:
+    """Do it in a new interpreter. It is ended when this one is told to end. `BrokenProcessPool` if it was killed."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
+        try:
+            return alone.submit(work, *args).result()
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # or leaving the block would wait for it
+            raise
 
 
 def in_child(check: Callable[[], object]) -> None:

@@ -4,10 +4,8 @@ Every system in a process of its own. A save is verified in a child that is fork
 restore leaves in the trainer's allocator is not measured.
 """
 
-import concurrent.futures
 import contextlib
 import gc
-import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -15,7 +13,16 @@ from benchmarks import measure
 from benchmarks.peak import Peak
 from benchmarks.peers.base import Peer
 from benchmarks.results import Result
-from benchmarks.scenarios.base import BitsDifferError, Choices, Run, Scenario, Verifier, in_child, judged
+from benchmarks.scenarios.base import (
+    BitsDifferError,
+    Choices,
+    Run,
+    Scenario,
+    Verifier,
+    in_child,
+    in_own_process,
+    judged,
+)
 from benchmarks.scenarios.samples import described
 from benchmarks.states import State, StateSpec, build
 
@@ -34,16 +41,14 @@ class _Look:
 def run(context: Run) -> list[Result]:
     """A process for each system, in which its store is opened."""
     found = []
-    spawn = multiprocessing.get_context("spawn")
     for spec in context.scenario.states:
         results = []
         for name in context.scenario.peers:
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                try:
-                    results.append(alone.submit(_one, context.scenario, context.choices, spec, name).result())
-                except BrokenProcessPool as error:  # the kernel's killer, most likely
-                    context.warn(name, described(error))
-                    results.append(context.result(spec, None, name, measures={}, error=described(error)))
+            try:
+                results.append(in_own_process(_one, context.scenario, context.choices, spec, name))
+            except BrokenProcessPool as error:  # the kernel's killer, most likely
+                context.warn(name, described(error))
+                results.append(context.result(spec, None, name, measures={}, error=described(error)))
         found += judged(results, context.scenario.goals)
     return found
 

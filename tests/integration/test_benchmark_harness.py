@@ -31,6 +31,7 @@ from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
 from benchmarks.scenarios.saves import _Bench, _round
 from benchmarks.states import State, StateSpec, build
 from tests.eager import Eager
+from tests.processes import PATIENCE_S, alive, command_of, descendants, eventually
 
 pytestmark = pytest.mark.bench
 
@@ -459,3 +460,17 @@ def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path, 
     assert "Too many open files" in errors["torch_checkpointing"] or "descriptors" in errors["torch_checkpointing"]
     assert errors["asyncckpt"] is None
     assert not list(folder.iterdir()), "nothing is left behind"
+
+
+def test_a_run_that_is_told_to_end_takes_the_processes_of_its_systems_along(tmp_path):
+    options = ["--size", "0.01", "--rounds", "5000", "--peers", "torch.save", "--folder", str(tmp_path / "scratch")]
+    command = [sys.executable, "-m", "benchmarks.bench", "flat", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        run.stderr.readline()  # it saves
+        own = descendants(run.pid)
+        assert any(b"spawn_main" in command_of(pid) for pid in own)
+        run.terminate()
+        run.wait(PATIENCE_S)  # its saves would take minutes
+    eventually(lambda: not any(alive(pid) for pid in own), "all processes have ended")
+    assert not list((tmp_path / "scratch").iterdir())
