@@ -232,8 +232,10 @@ def _settle(system: System, bench: _Bench, context: Run) -> None:
 
 def _round(system: System, bench: _Bench, context: Run, *, counted: bool) -> Round:
     peer, loop, verifier = system.peer, bench.loop, bench.verifier
-    bench.state.advance()
     idle = loop.name == "idle"
+    if idle or not counted:
+        context.warm(bench.state)
+    bench.state.advance()
     around = Observer()
     before = quiet(loop, QUIET_S if counted and not idle else 0.0)
     copy_s = _copied_beside(loop, verifier) if verifier and counted else None
