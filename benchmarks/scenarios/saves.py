@@ -38,6 +38,7 @@ AGAIN = 2  # times that a disturbed round is repeated
 WINDOW_SAVES = 4  # what the fastest makes in a window; none is deleted before its end
 QUIET_S = 2.0
 SAVING_S = 2.0
+CACHES_S = 0.2  # of the loop again, so that a save meets its caches and not those of who touched memory
 
 Item = TypeVar("Item")
 
@@ -239,9 +240,11 @@ def _round(system: System, bench: _Bench, context: Run, *, counted: bool) -> Rou
     around = Observer()
     before = quiet(loop, QUIET_S if counted and not idle else 0.0)
     copy_s = _copied_beside(loop, verifier) if verifier and counted else None
-    context.warm(
-        bench.state, WINDOW_SAVES if counted and not idle else 1
-    )  # last: two seconds later the host has taken it back
+    if counted and not idle:
+        context.warm(
+            bench.state, WINDOW_SAVES
+        )  # not before the quiet window: two seconds later the host has taken it back
+        quiet(loop, CACHES_S)
     requests = system.store.requests()
     observer = Observer(system.servers)
     window, waits = Window(), Waits()
