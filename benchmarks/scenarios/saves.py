@@ -241,9 +241,8 @@ def _round(system: System, bench: _Bench, context: Run, *, counted: bool) -> Rou
     before = quiet(loop, QUIET_S if counted and not idle else 0.0)
     copy_s = _copied_beside(loop, verifier) if verifier and counted else None
     if counted and not idle:
-        context.warm(
-            bench.state, WINDOW_SAVES
-        )  # not before the quiet window: two seconds later the host has taken it back
+        # not before the quiet window: two seconds later the host has taken it back
+        context.warm(bench.state, WINDOW_SAVES)
         quiet(loop, CACHES_S)
     requests = system.store.requests()
     observer = Observer(system.servers)
