@@ -54,7 +54,7 @@ class EngineOptions:
     keep: tuple[KeepRule, ...] = ()
     nice: int = 19
     hang_s: float = 60.0
-    starved_s: float = 2.0
+    starved_s: float = 15.0
     silent_s: float = 90.0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.reports.lines import Line, newest
 from benchmarks.reports.tables import grid, text
@@ -29,33 +30,43 @@ ROWS = (
     Row("main thread in pure Python: what a save costs it", "python", "lost_s", loop="python"),
     Row("training on all cores: durable", "train", "durable_s", loop="train"),
     Row("training on all cores: its speed while saving", "train", "main_speed", loop="train"),
+    Row("training on all cores: its speed between saves", "train", "quiet_speed", loop="train"),
     Row("training on all cores: what a save costs it", "train", "lost_s", loop="train"),
     Row("S3 with 30 ms a request and 90 MB/s a connection: durable", "wan", "durable_s", store="wan"),
     Row("the same S3: restored", "wan", "restore_s", store="wan"),
     Row("memory above the state and its copy", "memory", "peak_beyond_state_bytes"),
-    Row("20,000 tensors of 10 kB: `save()` returns", "small", "call_s"),
-    Row("20,000 tensors of 10 kB: durable", "small", "durable_s"),
+    Row("200 MB in 20,000 tensors: `save()` returns", "small", "call_s"),
+    Row("200 MB in 20,000 tensors: durable", "small", "durable_s"),
 )
 _OURS_SET_OTHERWISE = "asyncckpt-"
+_STARRED = r"\* Other processes disturbed every round, or the system stopped with an error."
 
 
 def table(lines: Iterable[Line]) -> str:
     """Markdown; empty where no line has a figure for it. Of lines that measure the same the last counts. Systems that are asyncckpt with
-    other settings are left out; a figure of a system that other processes disturbed in every round has a star.
+    other settings are left out; a figure of a system that other processes disturbed in every round, or that stopped with an error, has a
+    star.
     """
     known = [line for line in newest(list(lines)) if not line.peer.startswith(_OURS_SET_OTHERWISE)]
     found = {row: {line.peer: _cell(line, row) for line in known if _has(line, row)} for row in ROWS}
     shown = {row: cells for row, cells in found.items() if cells}
     systems = [peer for peer in dict.fromkeys(line.peer for line in known) if any(peer in c for c in shown.values())]
     rows = [[row.title, *(cells.get(system, "") for system in systems)] for row, cells in shown.items()]
-    return grid([["1 GB of fp32 weights and AdamW state", *systems], *rows]) if rows else ""
+    if not rows:
+        return ""
+    starred = any("*" in cell for row in rows for cell in row[1:])
+    return grid([["1 GB of fp32 weights and AdamW state", *systems], *rows]) + ("\n\n" + _STARRED if starred else "")
 
 
 def _has(line: Line, row: Row) -> bool:
     place = (row.scenario, row.loop, row.store)
-    as_it_is = line.settings.get("size", 1) == 1 and not line.settings.get("workers") and not line.settings.get("codec")
-    return (line.scenario, line.loop, line.store) == place and as_it_is and row.measure in line.measures
+    return (line.scenario, line.loop, line.store) == place and _is_usual(line.settings) and row.measure in line.measures
+
+
+def _is_usual(settings: dict[str, Any]) -> bool:
+    of_asyncckpt = settings.get("workers") or settings.get("codec")
+    return settings.get("size", 1) == 1 and settings.get("warm", True) and not of_asyncckpt
 
 
 def _cell(line: Line, row: Row) -> str:
-    return text(row.measure, line.measures[row.measure]) + ("*" if "disturbed" in line.measures else "")
+    return text(row.measure, line.measures[row.measure]) + ("*" if "disturbed" in line.measures or line.error else "")

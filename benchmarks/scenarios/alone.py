@@ -33,7 +33,10 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
             if before.error is None:
                 result, samples = _in_child(context, spec, name)
                 samples.rounds[:0] = before.rounds
-                found[name] = (result, samples)
+                found[name] = (
+                    found[name][0] if name in found else result,
+                    samples,
+                )  # what dies later is still who it was
     return [
         dataclasses.replace(
             result,

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -106,11 +107,13 @@ class Choices:
         moved = self.size != 1 or any(
             mine is not None and mine != default for mine, default in zip(asked, own, strict=True)
         )
+        loop = self.loop or scenario.loop
         return dataclasses.replace(
             scenario,
+            kind="alone" if scenario.kind == "saves" and loop == "train" else scenario.kind,  # see `alone`
             rounds=rounds,
             peers=peers,
-            loop=self.loop or scenario.loop,
+            loop=loop,
             store=self.store or scenario.store,
             workers=self.workers or scenario.workers,
             codec=self.codec or scenario.codec,
@@ -277,13 +280,18 @@ class Verifier:
 def in_own_process(work: Callable[..., Found], *args: Any) -> Found:
     """Do it in a new interpreter. It is ended when this one is told to end. `BrokenProcessPool` if it was killed."""
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_cleanly) as alone:
         try:
             return alone.submit(work, *args).result()
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()  # or leaving the block would wait for it
             raise
+
+
+def _end_cleanly() -> None:
+    """SIGTERM ends what runs as an exception does: systems are closed, and stores."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def in_child(check: Callable[[], object]) -> None:

@@ -92,7 +92,7 @@ def sampled(context: Run, spec: StateSpec) -> list[tuple[Result, Samples]]:
         _room(scenario, spec)
         state = build(spec)
         loop = LOOPS[scenario.loop]()
-        undisturbed = quiet(loop, 2 * QUIET_S) if scenario.kind == "alone" else None
+        undisturbed = _undisturbed(loop) if scenario.kind == "alone" and loop.name != "idle" else None
         bench = _Bench(state, loop, Verifier(state, context.warm) if scenario.verified else None, undisturbed)
         for name, kept in samples.items():
             if kept.error is not None:
@@ -139,6 +139,17 @@ def sampled(context: Run, spec: StateSpec) -> list[tuple[Result, Samples]]:
         )
         for name, kept in samples.items()
     ]
+
+
+def _undisturbed(loop: Loop) -> Window:
+    """The loop before any system is opened, warm."""
+    quiet(loop, QUIET_S)
+    for _ in range(1 + AGAIN):
+        observer = Observer()
+        found = quiet(loop, 2 * QUIET_S)
+        if observer.stop().foreign_cores <= FOREIGN_CORES:
+            break
+    return found
 
 
 def turned(order: Sequence[Item], by: int) -> list[Item]:
@@ -240,10 +251,12 @@ def _round(system: System, bench: _Bench, context: Run, *, counted: bool) -> Rou
     around = Observer()
     before = quiet(loop, QUIET_S if counted and not idle else 0.0)
     copy_s = _copied_beside(loop, verifier) if verifier and counted else None
+    foreign_cores = around.stop().foreign_cores
     if counted and not idle:
         # not before the quiet window: two seconds later the host has taken it back
         context.warm(bench.state, WINDOW_SAVES)
         quiet(loop, CACHES_S)
+    around = Observer()
     requests = system.store.requests()
     observer = Observer(system.servers)
     window, waits = Window(), Waits()
@@ -282,7 +295,7 @@ def _round(system: System, bench: _Bench, context: Run, *, counted: bool) -> Rou
     speed = None if idle or not counted else window.per_s / (bench.undisturbed or before).per_s
     return Round(
         saves=tuple(saves),
-        foreign_cores=max(observed.foreign_cores, around.stop().foreign_cores),
+        foreign_cores=max(foreign_cores, observed.foreign_cores, around.stop().foreign_cores),
         copy_s=copy_s,
         cpu_s=observed.cpu_s if idle else None,
         requests=requests,

@@ -83,6 +83,7 @@ def test_another_loop_store_size_or_setting_takes_the_goals_away():
     assert smaller.states[0].raw_bytes == scenario.states[0].raw_bytes // 10
     assert (smaller.rounds, smaller.peers) == (9, ("torch.save",))
     assert Choices(ROOT, full=True).applied_to(scenario).peers == scenario.full_peers
+    assert (scenario.kind, Choices(ROOT, loop="train").applied_to(scenario).kind) == ("saves", "alone")
 
 
 # -- goals
@@ -463,7 +464,7 @@ def test_a_system_that_uses_up_the_descriptors_takes_nobody_else_down(tmp_path, 
 
 
 def test_a_run_that_is_told_to_end_takes_the_processes_of_its_systems_along(tmp_path):
-    options = ["--size", "0.01", "--rounds", "5000", "--peers", "torch.save", "--folder", str(tmp_path / "scratch")]
+    options = ["--size", "0.01", "--rounds", "5000", "--peers", "asyncckpt", "--folder", str(tmp_path / "scratch")]
     command = [sys.executable, "-m", "benchmarks.bench", "flat", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
