@@ -138,7 +138,7 @@ _ALL = (
         (states.SMALL,),
         peers=("asyncckpt", "dcp-thread"),
         full_peers=FOLDER,
-        rounds=2,
+        rounds=1,
         full_rounds=3,
         settles=False,
         goals=(*_calls(20e-3), _durable(0.05, "dcp-thread", "dcp-process", "dcp.save")),
@@ -162,7 +162,8 @@ _ALL = (
         peers=("asyncckpt", "s3torchconnector"),
         full_peers=S3,
         store="wan",
-        rounds=2,
+        rounds=1,
+        full_rounds=2,
         goals=(
             _durable(0.4, *CONNECTOR),
             FIXED,
