@@ -120,11 +120,12 @@ def test_forks_at_any_moment_of_a_save_neither_hang_nor_harm_it(warm, tmp_path):
 def test_the_main_loop_keeps_its_core_beside_a_worker(warm, tmp_path):
     """Nice must count: the service is in the trainer's session, and so in its scheduling group.
 
-    Measured in CPU seconds of one core that both are bound to, so that whatever else this host does takes no side.
+    Measured in CPU seconds of one core that both are bound to, so that whatever else this host does takes no side. In a group of its own
+    a worker gets half of it.
     """
     trainer = warm.start("share_a_core", str(tmp_path))
     ours_s, theirs_s = trainer.report("cpu_s")
     assert trainer.end() == 0
     assert theirs_s > 0.05, "the saves were too short to be measured"
     kept = ours_s / (ours_s + theirs_s)
-    assert kept >= 0.85, f"the main loop kept {kept:.2f} of its core: {ours_s:.2f} s, its workers {theirs_s:.2f} s"
+    assert kept >= 0.75, f"the main loop kept {kept:.2f} of its core: {ours_s:.2f} s, its workers {theirs_s:.2f} s"
