@@ -199,7 +199,7 @@ def share_a_core(url: str) -> None:
     """A main loop that never waits, on one core with its service and worker: who got how many CPU seconds of it."""
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    state = {"x": torch.randn(12_000_000)}
+    state = {"x": torch.randn(8_000_000)}
     ours_s = theirs_s = 0.0
     with Saver(url, workers=1) as saver:
         saver.save(0, state).result()

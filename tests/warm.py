@@ -36,7 +36,7 @@ class Trainer:
         """The exit code, or minus the signal; None while it runs."""
         return self.warm.statuses.get(self.pid)
 
-    def report(self, key: str) -> Any:
+    def report(self, key: str, patience_s: float = PATIENCE_S) -> Any:
         """What it reported under `key`, once it has."""
 
         def look() -> list[Any]:
@@ -44,7 +44,7 @@ class Trainer:
             assert found or self.status is None, f"the trainer ended ({self.status}) without {key}: {self.lines}"
             return found
 
-        return eventually(look, f"trainer {self.pid} reports {key}")[0]
+        return eventually(look, f"trainer {self.pid} reports {key}", patience_s)[0]
 
     def end(self, patience_s: float = PATIENCE_S) -> int:
         """Its status, once it has ended."""
