@@ -1,6 +1,7 @@
 """The benchmark's own sums: goals, dropped samples, and a run from the command line to its lines of JSON."""
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -183,6 +184,25 @@ def test_the_growth_over_some_of_the_sizes_is_not_that_over_all(monkeypatch):
 
 def test_another_system_begins_in_every_round():
     assert [saves.turned("abc", by) for by in (0, 1, 4)] == [["a", "b", "c"], ["b", "c", "a"], ["b", "c", "a"]]
+
+
+@pytest.mark.slow
+def test_systems_that_are_measured_alone_have_processes_of_their_own(monkeypatch, tmp_path, capfd):
+    small = StateSpec("small", 4_000_000, 4)
+    scenario = replace(
+        SCENARIOS["train"], states=(small,), peers=("torch.save", "safetensors"), rounds=1, loop="python", goals=()
+    )
+    monkeypatch.setitem(SCENARIOS, "train", scenario)
+    found = scenarios.run("train", Choices(tmp_path, warm=False))
+    assert [result.peer for result in found] == ["torch.save", "safetensors"]
+    for result in found:
+        assert result.error is None
+        assert result.settings["rounds"] == 1
+        for measure in ("main_speed", "quiet_speed", "lost_s"):
+            assert result.measures[measure].samples >= 1
+    said = [line.split()[2] for line in capfd.readouterr().err.splitlines() if "1/1" in line]
+    assert [name for name, _ in itertools.groupby(said)] == ["torch.save", "safetensors"]
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_a_system_that_fails_alone_is_a_line_with_its_error_and_is_not_tried_again(monkeypatch, tmp_path, capfd):
