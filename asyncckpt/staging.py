@@ -10,6 +10,7 @@ from asyncckpt.engine.direct import MIN_BYTES, direct_paths, fill, verify
 from asyncckpt.engine.fetch import Progress, fetch
 from asyncckpt.format.index import Index
 from asyncckpt.progress import bar
+from asyncckpt.state.cuda import page_locked
 from asyncckpt.state.dtypes import BY_NAME
 from asyncckpt.state.homes import memory_of
 from asyncckpt.state.stateful import RestorePlan
@@ -24,9 +25,25 @@ def fetch_tensors(
     *,
     progress: Progress | None = None,
     map_location: str | torch.device = "cpu",
-    own: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Verified tensors by path, views of one block of memory but for those of `own`, which are filled; tied ones are one object."""
+    """Verified tensors by path; tied ones are one object. On the host they are views of one block of memory."""
+    tensors, memory = _fetched(store, index, paths, progress)
+    location = torch.device(map_location)
+    if location.type == "cpu":
+        return tensors
+    with page_locked(memory, location if location.type == "cuda" else None), torch.inference_mode(mode=False):
+        moved = {id(tensor): tensor.to(location) for tensor in tensors.values()}
+    return {path: moved[id(tensor)] for path, tensor in tensors.items()}
+
+
+def _fetched(
+    store: Store,
+    index: Index,
+    paths: Iterable[str],
+    progress: Progress | None,
+    own: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[dict[str, torch.Tensor], memoryview]:
+    """Verified tensors on the host, and the block of memory that they are views of, but for those of `own`, which are filled."""
     made = dict(own or {})
     places = {path: memory_of(tensor) for path, tensor in made.items()}
     fetched = fetch(store, index, paths, places=places, progress=progress)
@@ -35,9 +52,9 @@ def fetch_tensors(
         target = index.aliases.get(path, path)
         if target not in made:
             with torch.inference_mode(mode=False):
-                made[target] = _tensor(data, index.tensors[target].dtype, index.tensors[target].shape).to(map_location)
+                made[target] = _tensor(data, index.tensors[target].dtype, index.tensors[target].shape)
         found[path] = made[target]
-    return found
+    return found, fetched.memory
 
 
 def bring(store: Store, index: Index, wanted: RestorePlan, *, step: int, strict: bool, hooks: events.Hooks) -> None:
@@ -78,24 +95,21 @@ class _Bringing:
         tensors = {path: homes[self._real(path)] for path in self._wanted.paths if self._real(path) in homes}
         staged = [path for path in self._wanted.paths if path not in tensors]
         large = [path for path in map(self._real, staged) if self._index.tensors[path].raw_bytes >= MIN_BYTES]
-        tensors |= self._fetch(
-            staged, {path: self._wanted.make(path) for path in self._wanted.wanting(large, self._real)}
-        )
+        own = {path: self._wanted.make(path) for path in self._wanted.wanting(large, self._real)}
+        fetched, memory = _fetched(self._store, self._index, staged, self._first_half, own)
+        tensors |= fetched
         if homes:
             with self._half_of(homes.values()) as progress:
                 verify(self._store, self._index, homes, progress=progress)
-        with within_idle_cores():
+        with within_idle_cores(), page_locked(memory, self._wanted.device):
             self._wanted.apply(tensors.__getitem__, fill=lambda group: self._fill(group, strict=strict))
 
     def _real(self, path: str) -> str:
         return self._index.aliases.get(path, path)
 
-    def _fetch(self, paths: Iterable[str], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        def progress(done_bytes: int, _: int) -> None:
-            self._halves_done = 2 * done_bytes
-            self._shown(done_bytes, self._total_bytes)
-
-        return fetch_tensors(self._store, self._index, paths, progress=progress, own=own)
+    def _first_half(self, done_bytes: int, _: int) -> None:
+        self._halves_done = 2 * done_bytes
+        self._shown(done_bytes, self._total_bytes)
 
     @contextmanager
     def _half_of(self, tensors: Collection[torch.Tensor]) -> Iterator[Progress]:

@@ -30,10 +30,11 @@ Provider = Callable[[int], memoryview]
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """`tensors`: path to its plain bytes, verified; views of one map but for given places. `requested_bytes`: read from the store."""
+    """`tensors`: path to its plain bytes, verified; views of `memory`, but for given places. `requested_bytes`: read from the store."""
 
     tensors: Mapping[str, memoryview]
     requested_bytes: int
+    memory: memoryview
 
 
 def fetch(
@@ -55,16 +56,15 @@ def fetch(
     names = list(dict.fromkeys(paths))
     places = places or {}
     plan = plan_fetch(index, names, places)
-    target = _Target(
-        (into or anonymous_map)(plan.target_bytes), {plan.tensors[path][0]: places[path] for path in places}
-    )
+    memory = (into or anonymous_map)(plan.target_bytes)
+    target = _Target(memory, {plan.tensors[path][0]: places[path] for path in places})
     count = min(threads or default_threads(store), len(plan.requests))
     _Fetch(store, plan, target, progress).run(count)
     tensors = {}
     for name in names:
         start, size = plan.tensors[index.aliases.get(name, name)]
         tensors[name] = target.at(start, size)
-    return Fetched(tensors, plan.requested_bytes)
+    return Fetched(tensors, plan.requested_bytes, memory)
 
 
 def default_threads(store: Store) -> int:

@@ -39,8 +39,8 @@ def hexdigest(*buffers: Buffer) -> str:
 
 def from_hex(text: str) -> bytes:
     """The 32 bytes of a stored digest; `ValueError` unless it is exactly 64 lower-case hex digits."""
-    if len(text) != 2 * DIGEST_BYTES or not text.isascii() or text != text.lower():
-        raise ValueError(f"not a BLAKE3 digest: {text[:100]!r}")
+    if not isinstance(text, str) or len(text) != 2 * DIGEST_BYTES or not text.isascii() or text != text.lower():
+        raise ValueError(f"not a BLAKE3 digest: {str(text)[:100]!r}")
     data = bytes.fromhex(text)
     if len(data) != DIGEST_BYTES:
         raise ValueError(f"not a BLAKE3 digest: {text[:100]!r}")

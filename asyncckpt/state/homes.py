@@ -30,6 +30,11 @@ class Homes:
         self.handed: set[int] = set()
         self.crowded: set[str] = set()
 
+    @property
+    def device(self) -> torch.device | None:
+        """A CUDA device among the offers."""
+        return next((tensor.device for _, tensor in self._offers if tensor.is_cuda), None)
+
     def offer(self, path: str, tensor: torch.Tensor, *, fillable: bool = True) -> None:
         """This tensor will hold what is stored at `path`. `fillable` False: but bytes must not be read into it."""
         self._offers.append((path, tensor))

@@ -164,10 +164,15 @@ class OptimizerLoad:
                 self._homes.handed.discard(id(value))  # made for this state; another that asks for it gets a copy
                 current[key] = value
                 continue
+            old = before.get(key)
             device = None if key == "step" and not hosted else parameter.device
+            if self._plain and _brought(value, current[key]):
+                if not isinstance(old, torch.Tensor) and _like(current[key], parameter):
+                    continue
+                value = current[key]
             if not self._plain and _differ(current[key], _as_torch_loads(value, key, parameter, hosted=hosted)):
                 value = current[key]
-            current[key] = _exact(value, current[key], before.get(key), device, parameter)
+            current[key] = _exact(value, current[key], old, device, parameter)
 
     def _saved(self, get: Getter) -> dict[str, Any]:
         """The state dict. torch's own loader alone may see the restore's buffers: what it keeps of them is replaced after it."""
@@ -213,6 +218,21 @@ def _as_torch_loads(saved: Any, key: Any, parameter: torch.Tensor, *, hosted: bo
         return saved
     dtype = torch.float32 if key == "step" else parameter.dtype if parameter.is_floating_point() else saved.dtype
     return saved.to(dtype=dtype, device=parameter.device)
+
+
+def _brought(saved: Any, current: Any) -> bool:
+    """Has torch made a copy of these very bits on another device? Then they need not cross the link a second time."""
+    return (
+        isinstance(saved, torch.Tensor)
+        and isinstance(current, torch.Tensor)
+        and saved.device != current.device
+        and (saved.dtype, saved.shape) == (current.dtype, current.shape)
+    )
+
+
+def _like(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Does it lie as its parameter does? Fused kernels walk both side by side; what has another shape they never walk."""
+    return tensor.shape != parameter.shape or tensor.stride() == parameter.stride()
 
 
 def _differ(left: Any, right: Any) -> bool:

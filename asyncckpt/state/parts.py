@@ -171,7 +171,9 @@ class Work:
     path: Callable[[int], str]
     events: list[tuple[Lane, torch.cuda.Event]] = field(default_factory=list)
     witnesses: Witnesses | None = None
-    storages: list[torch.UntypedStorage] = field(default_factory=list)  # stay alive if a tensor gets another one
+    storages: list[torch.UntypedStorage] = field(
+        default_factory=list
+    )  # stay alive if a tensor gets another one, or is dropped
     before_copy: Callable[[], None] | None = None
     announced: Announced | None = None
     afterwards: Callable[[], None] | None = None  # holds none of the sources
@@ -179,7 +181,9 @@ class Work:
     def start(self) -> None:
         """Copy what must not be overlapped, and order the lanes behind the caller's streams."""
         for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
-            lane.start(part.now.of(self.targets), part.now.of(self.tensors))
+            sources = part.now.of(self.tensors)
+            self.storages += map(torch.Tensor.untyped_storage, sources)
+            lane.start(part.now.of(self.targets), sources)
         self._copy_host(self.parts.now)
 
     def watch(self, sight: Sight, ahead: Ahead) -> None:
@@ -194,7 +198,7 @@ class Work:
         """Copy the rest: host memory now, devices into their lanes."""
         if self.before_copy is not None:
             self.before_copy()
-        self.storages = list(map(torch.Tensor.untyped_storage, self.parts.watched.of(self.tensors)))
+        self.storages += map(torch.Tensor.untyped_storage, self.parts.watched.of(self.tensors))
         for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
             event = lane.finish(part.later.of(self.targets), part.later.of(self.tensors))
             self.events.append((lane, event))

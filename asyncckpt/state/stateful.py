@@ -23,6 +23,11 @@ class RestorePlan:
     _targets: tuple[tuple[torch.Tensor, str], ...]
     _homes: Homes
 
+    @property
+    def device(self) -> torch.device | None:
+        """A CUDA device that values will be copied to."""
+        return next((target.device for target, _ in self._targets if target.is_cuda), None) or self._homes.device
+
     def homes(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, dict[str, torch.Tensor]]:
         """Those of `paths` whose bytes may be read into place by `apply`, and where, for each group. `real_path`: of an alias.
 

@@ -105,6 +105,8 @@ class DcpAsync(Dcp):
                 use_non_blocking_copy=state.on_cuda,
             )
         )
+        # torch 2.11 closes its inner half behind every save, and the second save fails; 2.13 leaves it open
+        self._stager._state_dict_stager.close = lambda: None
 
     def save(self, step: int, state: State) -> Saving:
         saving = Saving(step)
@@ -139,6 +141,7 @@ class DcpAsync(Dcp):
 
     def close(self) -> None:
         if self._stager is not None:
+            del self._stager._state_dict_stager.close
             self._stager.close()
 
 

@@ -247,14 +247,16 @@ class Verifier:
         return restore_s
 
     def read_one(self, peer: Peer, step: int) -> float | None:
-        """Seconds to read the middle one of the tensors alone; None when the system cannot."""
+        """Seconds to read the middle one of the tensors alone, onto the state's device; None when the system cannot."""
         index = len(self._state.tensors()) // 2
         started = time.perf_counter()
         found = peer.read_one(step, index, self._twin)
-        seconds = time.perf_counter() - started
         if found is None:
             return None
         expected = self._state.tensors()[index]
+        found = found.to(expected.device)
+        self._state.settle()
+        seconds = time.perf_counter() - started
         same = torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
         if not same:
             raise BitsDifferError(f"{peer.name}, step {step}: tensor {index}, read alone, differs")
