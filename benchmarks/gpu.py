@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import peers, results
 from benchmarks.arguments import count, device, file_to_append_to, folder, names_among
+from benchmarks.reports import lines, overview
 from benchmarks.scenarios import gpu
 from benchmarks.scenarios.base import Choices, Run
 
@@ -43,8 +44,10 @@ def main() -> int:
     finally:
         shutil.rmtree(own_folder, ignore_errors=True)
     print(results.table(found) + "\n", flush=True)
-    if args.json:
-        results.append(args.json, found, origin)
+    with tempfile.TemporaryDirectory() as folder_of_lines:
+        file = args.json or Path(folder_of_lines) / "gpu.jsonl"
+        results.append(file, found, origin)
+        print(overview.table(lines.read([file])), flush=True)
     return int(any(result.error and result.peer.startswith("asyncckpt") for result in found))
 
 

@@ -1,4 +1,4 @@
-"""One table over all scenarios, a column a system: what `make bench` ends with, and what the README shows."""
+"""One table over all scenarios, and one of a CUDA device, a column a system: what `make bench` and `benchmarks.gpu` end with, and what the README shows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +38,17 @@ ROWS = (
     Row("200 MB in 20,000 tensors: `save()` returns", "small", "call_s"),
     Row("200 MB in 20,000 tensors: durable", "small", "durable_s"),
 )
+ON_A_DEVICE = tuple(
+    Row(title, "gpu", measure, loop="train")
+    for title, measure in (
+        ("`save()` returns", "call_s"),
+        ("what it adds to that training step", "stall_s"),
+        ("what a save costs the training, until it is durable", "lost_s"),
+        ("snapshots leave the device at, GB/s", "d2h_gbps"),
+        ("durable in memory", "durable_s"),
+        ("restored to the device", "restore_s"),
+    )
+)
 _OURS_SET_OTHERWISE = "asyncckpt-"
 _STARRED = r"\* Other processes disturbed every round, or the system stopped with an error."
 
@@ -45,17 +56,26 @@ _STARRED = r"\* Other processes disturbed every round, or the system stopped wit
 def table(lines: Iterable[Line]) -> str:
     """Markdown; empty where no line has a figure for it. Of lines that measure the same the last counts. Systems that are asyncckpt with
     other settings are left out; a figure of a system that other processes disturbed in every round, or that stopped with an error, has a
-    star.
+    star. What is saved on a device may have any size: the last one is shown, in a table of its own.
     """
     known = [line for line in newest(list(lines)) if not line.peer.startswith(_OURS_SET_OTHERWISE)]
-    found = {row: {line.peer: _cell(line, row) for line in known if _has(line, row)} for row in ROWS}
+    tables = [_one("1 GB of fp32 weights and AdamW state", known, ROWS)]
+    if on_a_device := [line for line in known if line.scenario == "gpu"]:
+        last = on_a_device[-1]
+        head = f"{last.settings['raw_bytes'] / 1e9:.1f} GB: {last.state}"
+        tables.append(_one(head, [line for line in on_a_device if line.case == last.case], ON_A_DEVICE))
+    return "\n\n".join(filter(None, tables))
+
+
+def _one(head: str, known: list[Line], wanted: tuple[Row, ...]) -> str:
+    found = {row: {line.peer: _cell(line, row) for line in known if _has(line, row)} for row in wanted}
     shown = {row: cells for row, cells in found.items() if cells}
     systems = [peer for peer in dict.fromkeys(line.peer for line in known) if any(peer in c for c in shown.values())]
     rows = [[row.title, *(cells.get(system, "") for system in systems)] for row, cells in shown.items()]
     if not rows:
         return ""
     starred = any("*" in cell for row in rows for cell in row[1:])
-    return grid([["1 GB of fp32 weights and AdamW state", *systems], *rows]) + ("\n\n" + _STARRED if starred else "")
+    return grid([[head, *systems], *rows]) + ("\n\n" + _STARRED if starred else "")
 
 
 def _has(line: Line, row: Row) -> bool:

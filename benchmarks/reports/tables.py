@@ -51,8 +51,20 @@ def _machine(machine: dict[str, Any]) -> str:
     memory = f", {machine['memory_bytes'] / 1e9:.0f} GB of memory" if "memory_bytes" in machine else ""
     return (
         f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{memory}, "
-        f"Linux {machine.get('kernel', '?')}; Python {machine.get('python', '?')}, {packages}."
+        f"Linux {machine.get('kernel', '?')}{_device(machine)}; Python {machine.get('python', '?')}, {packages}."
     )
+
+
+def _device(machine: dict[str, Any]) -> str:
+    """What `nvidia-smi` said: name, driver, generation and width of its PCIe link, memory."""
+    if "gpu" not in machine:
+        return ""
+    said = machine.get("nvidia_smi", "").splitlines()
+    words = said[0].split(", ") if said else []
+    if len(words) != 5:
+        return f"; {machine['gpu']}, CUDA {machine.get('cuda', '?')}"
+    name, driver, generation, width, memory = words
+    return f"; {name}, {memory}, PCIe {generation} x{width}, driver {driver}, CUDA {machine.get('cuda', '?')}"
 
 
 def _goals(lines: Sequence[Line]) -> list[str]:

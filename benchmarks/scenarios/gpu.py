@@ -17,8 +17,9 @@ from benchmarks.loops import DeviceTraining, Window, no_barrier
 from benchmarks.measure import Observer, Spread, spread
 from benchmarks.results import Result
 from benchmarks.scenarios.base import BitsDifferError, Run, Scenario, System, Verifier
-from benchmarks.scenarios.samples import Round, Samples, Save
-from benchmarks.scenarios.saves import QUIET_S, Waits, turned
+from benchmarks.scenarios.rounds import QUIET_S, Waits, compared
+from benchmarks.scenarios.samples import Round, Samples
+from benchmarks.scenarios.saves import turned
 from benchmarks.states import StateSpec
 
 PEERS = (
@@ -192,18 +193,7 @@ def _round(system: System, bench: _Bench, kept: Found) -> None:
     saving.wait_durable()
     waits.next()
     observed = observer.stop()
-    reports = getattr(peer, "reports", {})
-    hooked_s = reports[saving.step].hook_wait_s if saving.step in reports else 0.0
-    save = Save(
-        call_s=saving.returned_s,
-        staged_s=saving.staged_s,
-        durable_s=saving.durable_s,
-        wait_s=waits.each_s[0] + hooked_s,
-        stored_bytes=peer.stored_bytes(saving.step),
-        restore_s=bench.verifier.check(peer, saving.step),
-        one_tensor_s=bench.verifier.read_one(peer, saving.step),
-    )
-    peer.forget(saving.step)
+    save = compared(peer, saving, bench.verifier, waited_s=waits.each_s[0])
     kept.rounds.append(
         StepRound(
             saves=(save,),

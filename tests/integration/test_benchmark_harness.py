@@ -23,12 +23,12 @@ from benchmarks.loops import BIN_S, LOOPS, Window
 from benchmarks.measure import Memory, Spread, spread
 from benchmarks.peers.base import Saving
 from benchmarks.results import Goal, Result, table
-from benchmarks.scenarios import CODECS, KINDS, SCENARIOS, Choices, codec, memory, names, refusal, saves
+from benchmarks.scenarios import CODECS, KINDS, SCENARIOS, Choices, alone, codec, memory, names, refusal, saves
 from benchmarks.scenarios.base import BitsDifferError, Run, System, Verifier, in_child
 from benchmarks.scenarios.codec import _Zstd
 from benchmarks.scenarios.goals import ASYNCHRONOUS, EVERYBODY, GoalSpec, judge
+from benchmarks.scenarios.rounds import Bench, one_round
 from benchmarks.scenarios.samples import FOREIGN_CORES, Round, Samples, Save
-from benchmarks.scenarios.saves import _Bench, _round
 from benchmarks.states import State, StateSpec, build
 from tests.eager import Eager
 from tests.processes import PATIENCE_S, alive, command_of, descendants, eventually
@@ -214,6 +214,31 @@ def test_a_system_that_fails_alone_is_a_line_with_its_error_and_is_not_tried_aga
     assert "left out" not in capfd.readouterr().err
 
 
+def test_rounds_in_processes_of_their_own_become_one_line_and_one_that_fails_keeps_what_it_had(monkeypatch, tmp_path):
+    asked, state = [], StateSpec("small", 1000, 4)
+
+    def child(context, spec, name):
+        asked.append(name)
+        if asked.count("dies") == 2 and name == "dies":
+            return context.result(spec, None, name, measures={}), Samples(error="BrokenProcessPool: killed")
+        seconds = float(len(asked))
+        save = Save(call_s=0.1, staged_s=0.1, durable_s=seconds, stored_bytes=500)
+        settings = {"raw_bytes": 1000, "asynchronous": True, "rounds": 1}
+        line = context.result(spec, None, name, measures={}, settings=settings)
+        return line, Samples([Round((save,), speed=0.9, quiet_speed=1.0)])
+
+    monkeypatch.setattr(alone, "_in_child", child)
+    scenario = replace(SCENARIOS["train"], states=(state,), peers=("lives", "dies"), rounds=3, goals=())
+    with contextlib.ExitStack() as stack:
+        lives, dies = alone.run(Run(scenario, Choices(tmp_path), stack))
+    assert asked == ["lives", "dies", "dies", "lives", "lives"], "in turns, and who failed is not tried again"
+    assert lives.measures["durable_s"] == Spread(4.0, 1.0, 5.0, 3)
+    assert dies.measures["durable_s"] == Spread(2.0, 2.0, 2.0, 1)
+    assert (lives.error, dies.error) == (None, "BrokenProcessPool: killed")
+    assert [one.settings["rounds"] for one in (lives, dies)] == [3, 3]
+    assert dies.settings["asynchronous"], "what it is was known before it died"
+
+
 def test_assert_is_refused_where_no_goal_stands():
     words = [sys.executable, "-m", "benchmarks.bench", "idle", "--assert", "--size", "0.1"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -370,11 +395,11 @@ def test_a_wrong_restore_ends_the_run_also_in_a_child(capfd):
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_system_whose_snapshot_is_not_complete_when_it_says_so_is_found_out(tmp_path, honest, loop):
     state = build(StateSpec("tiny", 3_000_000, 20))
-    bench = _Bench(state, LOOPS[loop](), Verifier(state))
+    bench = Bench(state, LOOPS[loop](), Verifier(state))
     system = System(Eager(tmp_path, honest=honest), stores.open_store("tmpfs", tmp_path / "store"), ())
     context = Run(SCENARIOS["python"], Choices(tmp_path), contextlib.ExitStack())
     with contextlib.nullcontext() if honest else pytest.raises(BitsDifferError):
-        assert len(_round(system, bench, context, counted=True).saves) >= 1
+        assert len(one_round(system, bench, context, counted=True).saves) >= 1
     assert Saving.on_staged is None
 
 

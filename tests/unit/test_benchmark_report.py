@@ -260,15 +260,51 @@ def test_the_overview_shows_no_scenario_that_was_run_otherwise(tmp_path, other):
     assert table_of(write(tmp_path / "r", row(**other))) == []
 
 
+def test_the_overview_shows_the_last_state_that_was_saved_on_a_device_in_a_table_of_its_own(tmp_path):
+    gpu = {"scenario": "gpu", "loop": "train", "state": "GPT, on cuda", "settings": {"raw_bytes": 4.86e9}}
+    path = write(
+        tmp_path / "r",
+        row(),
+        row(**gpu | {"state": "GPT, small, on cuda"}, peer="dcp-thread", measures={"stall_s": 0.001}),
+        row(**gpu, measures={"stall_s": 0.04, "d2h_gbps": 53.7}),
+        row(**gpu, peer="torch.save", measures={"stall_s": 4.5}),
+    )
+    host, device = overview.table(lines.read([path])).split("\n\n")
+    assert "1 GB of fp32 weights" in host
+    assert device.splitlines() == [
+        "| 4.9 GB: GPT, on cuda | asyncckpt | torch.save |",
+        "|---|---|---|",
+        "| what it adds to that training step | 40 ms | 4.50 s |",
+        "| snapshots leave the device at, GB/s | 53.7 |  |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "NVIDIA H200, 580.159.04, 5, 16, 143771 MiB",
+            "; NVIDIA H200, 143771 MiB, PCIe 5 x16, driver 580.159.04, CUDA 13.0;",
+        ),
+        ("", "; NVIDIA H200, CUDA 13.0;"),
+        ("NVIDIA H200, driver, unknown", "; NVIDIA H200, CUDA 13.0;"),
+    ],
+)
+def test_a_report_names_the_device(tmp_path, capsys, said, shown):
+    machine = MACHINE | {"gpu": "NVIDIA H200", "cuda": "13.0", "nvidia_smi": said}
+    assert shown in text(write(tmp_path / "r", row(machine=machine)), capsys)
+
+
 def test_the_overview_shows_scenarios_where_they_run_by_themselves():
     for shown in overview.ROWS:
         scenario = SCENARIOS[shown.scenario]
         assert (shown.loop, shown.store) == (scenario.loop, scenario.store)
 
 
-def test_the_readme_shows_what_the_quick_set_ends_with():
-    kept = max((ROOT / "benchmarks" / "results").glob("*/quick.jsonl"))
-    assert overview.table(lines.read([kept])) in (ROOT / "README.md").read_text()
+def test_the_readme_shows_what_the_quick_set_and_the_run_on_a_device_end_with():
+    results, readme = ROOT / "benchmarks" / "results", (ROOT / "README.md").read_text()
+    assert overview.table(lines.read([max(results.glob("*/quick.jsonl"))])) in readme
+    assert overview.table(lines.read([max(results.glob("*/gpu.jsonl"))])) in readme
 
 
 def table_of(path: Path) -> list[str]:
