@@ -31,8 +31,10 @@ def fetch_tensors(
     location = torch.device(map_location)
     if location.type == "cpu":
         return tensors
-    with page_locked(memory, location if location.type == "cuda" else None), torch.inference_mode(mode=False):
-        moved = {id(tensor): tensor.to(location) for tensor in tensors.values()}
+    device = location if location.type == "cuda" and torch.cuda.is_available() else None
+    once = {id(tensor): tensor for tensor in tensors.values()}
+    with page_locked(memory, device), torch.inference_mode(mode=False):
+        moved = {number: tensor.to(location) for number, tensor in once.items()}
     return {path: moved[id(tensor)] for path, tensor in tensors.items()}
 
 
@@ -141,4 +143,6 @@ def _tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tenso
     if dtype not in BY_NAME:
         raise errors.StateMismatchError(f"this version of torch ({torch.__version__}) has no dtype {dtype}")
     kind = BY_NAME[dtype]
-    return torch.frombuffer(data, dtype=kind).reshape(shape) if len(data) else torch.empty(shape, dtype=kind)
+    return (
+        torch.frombuffer(data, dtype=kind).reshape(shape) if len(data) else torch.empty(shape, dtype=kind, device="cpu")
+    )

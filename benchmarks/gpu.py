@@ -44,10 +44,11 @@ def main() -> int:
     finally:
         shutil.rmtree(own_folder, ignore_errors=True)
     print(results.table(found) + "\n", flush=True)
-    with tempfile.TemporaryDirectory() as folder_of_lines:
-        file = args.json or Path(folder_of_lines) / "gpu.jsonl"
-        results.append(file, found, origin)
-        print(overview.table(lines.read([file])), flush=True)
+    if args.json:
+        results.append(args.json, found, origin)
+    with tempfile.TemporaryDirectory() as own:  # a file that is appended to holds other runs
+        results.append(Path(own) / "run.jsonl", found, origin)
+        print(overview.table(lines.read([Path(own) / "run.jsonl"])), flush=True)
     return int(any(result.error and result.peer.startswith("asyncckpt") for result in found))
 
 

@@ -7,7 +7,7 @@ one is device 0, and a call that meant it would make a context there, on the dev
 import ctypes
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,24 +20,28 @@ _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device, not onl
 class Lane:
     """Copies from one device to the arena on a stream of its own, so that compute goes on.
 
-    Whoever gives it sources keeps their storages until the event has passed. (`record_stream` would do that too, at 5 us a tensor with the
-    GIL: 95 ms for 20,000 tensors, which the next optimizer step waits for.)
+    Whoever gives `finish` sources keeps their storages until the event has passed, and looks whether one was resized to nothing
+    meanwhile. (`record_stream` would keep the memory of that one too, at 5 us a tensor with the GIL: 95 ms for 20,000 tensors, which the
+    next optimizer step waits for.)
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    def start(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, alone: bool) -> None:
         """Order all later copies behind what the caller's stream was given so far; enqueue those that must not overlap.
 
-        The caller's stream waits for the latter (the host does not): whatever it writes next comes behind the copy.
+        The caller's stream waits for the latter (the host does not): whatever it writes next comes behind the copy. They may be dropped
+        at once, whatever stream their memory is of; not if they are `alone`: then the caller waits until they are copied.
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         if sources:
             self._enqueue(targets, sources)
             current.wait_stream(self._stream)
+            for source in () if alone else sources:
+                source.record_stream(self._stream)
 
     def finish(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> torch.cuda.Event:
         """Enqueue the rest; the event has passed when every byte of this lane is in the arena."""
@@ -46,6 +50,10 @@ class Lane:
         with torch.cuda.device(self._device):
             event.record(self._stream)
         return event
+
+    def synchronize(self) -> None:
+        """Return when nothing that was enqueued is left."""
+        self._stream.synchronize()
 
     def hold(self, event: torch.cuda.Event) -> None:
         """Make the calling thread's compute stream wait for the event; the host goes on."""
@@ -94,15 +102,20 @@ def page_locked(memory: memoryview, device: torch.device | None) -> Iterator[Non
 
     Locking takes 0.05 s a GB of pages that were touched. Where it cannot be, copies are as slow as without it. `device` None: not needed.
     """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if device is not None and len(memory) else 0
-    if device is None or not address or _lock_pages(address, len(memory), device) != 0:
+    if device is None or not len(memory):
         yield
         return
+    address, locked = ctypes.addressof(ctypes.c_char.from_buffer(memory)), True
     try:
+        locked = _lock_pages(address, len(memory), device) == 0
         yield
     finally:
-        torch.cuda.synchronize(device)  # somebody's own code may have left copies in flight
-        _unlock_pages(address, device)
+        if locked:  # or was perhaps, if an interrupt came: the runtime must not think so of what else comes to lie here
+            try:
+                with suppress(RuntimeError):  # an error of the device is somebody else's, and told at their next call
+                    torch.cuda.synchronize(device)  # somebody's own code may have left copies in flight
+            finally:
+                _unlock_pages(address, device)
 
 
 def capturing() -> bool:
@@ -121,7 +134,8 @@ def _lock_pages(address: int, size_bytes: int, device: torch.device) -> int:
 
 def _unlock_pages(address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
-        torch.cuda.cudart().cudaHostUnregister(address)
+        if int(torch.cuda.cudart().cudaHostUnregister(address)):
+            _clear_last_error()
 
 
 def _clear_last_error() -> None:

@@ -67,8 +67,15 @@ class Copy:
         self.error = SnapshotError("the process was forked while the snapshot was copied; the parent completes it")
         self._finish()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the copy thread has it."""
+        return self._thread is not None
+
     def give_up(self) -> None:
         """Nobody will copy it: whoever waits goes on."""
+        if self._work is not None:
+            self._work.settle()
         self.error = SnapshotError("interrupted before it was copied")
         self._finish()
 
@@ -113,7 +120,10 @@ class Copy:
 
     def _fail(self, cause: BaseException) -> None:
         traceback.clear_frames(cause.__traceback__)  # or the error would keep the state in memory
+        if isinstance(cause, SnapshotError):
+            self.error = self.error or cause
         if self._work is not None:
+            self._work.settle()
             with contextlib.suppress(Exception):
                 self._check(self._work)  # a tensor that was changed beneath the copy explains most failures
         if self.error is None:

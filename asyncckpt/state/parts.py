@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from asyncckpt.engine.arena import Arena
+from asyncckpt.errors import TornSnapshotError
 from asyncckpt.state.cuda import Lane
 from asyncckpt.state.dtypes import BY_NAME
 from asyncckpt.state.sight import Integers, Sight
@@ -173,7 +175,7 @@ class Work:
     witnesses: Witnesses | None = None
     storages: list[torch.UntypedStorage] = field(
         default_factory=list
-    )  # stay alive if a tensor gets another one, or is dropped
+    )  # live on if a tensor is dropped, or gets another
     before_copy: Callable[[], None] | None = None
     announced: Announced | None = None
     afterwards: Callable[[], None] | None = None  # holds none of the sources
@@ -181,9 +183,7 @@ class Work:
     def start(self) -> None:
         """Copy what must not be overlapped, and order the lanes behind the caller's streams."""
         for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
-            sources = part.now.of(self.tensors)
-            self.storages += map(torch.Tensor.untyped_storage, sources)
-            lane.start(part.now.of(self.targets), sources)
+            lane.start(part.now.of(self.targets), part.now.of(self.tensors), alone=not self.parts.overlaps)
         self._copy_host(self.parts.now)
 
     def watch(self, sight: Sight, ahead: Ahead) -> None:
@@ -198,16 +198,27 @@ class Work:
         """Copy the rest: host memory now, devices into their lanes."""
         if self.before_copy is not None:
             self.before_copy()
-        self.storages += map(torch.Tensor.untyped_storage, self.parts.watched.of(self.tensors))
+        self.storages = list(map(torch.Tensor.untyped_storage, self.parts.watched.of(self.tensors)))
         for lane, part in zip(self.lanes, self.parts.lanes, strict=True):
             event = lane.finish(part.later.of(self.targets), part.later.of(self.tensors))
             self.events.append((lane, event))
         self._copy_host(self.parts.later, self.announced)
 
     def synchronize(self) -> None:
-        """Return when every byte is in the arena."""
+        """Return when every byte is in the arena. Memory that an owner freed meanwhile may have been somebody else's when it was copied."""
         for _, event in self.events:
             event.synchronize()
+        if self.lanes and not all(map(torch.UntypedStorage.nbytes, self.storages)):
+            raise TornSnapshotError(
+                "the storage of a tensor on a device was freed (`resize_(0)`) while the snapshot copied it; nothing of this save is stored. "
+                "Call wait_staged() before"
+            )
+
+    def settle(self) -> None:
+        """It failed: return when no device writes into the arena any more."""
+        for lane in self.lanes:
+            with suppress(RuntimeError):  # the device itself has failed: it does not write either
+                lane.synchronize()
 
     def _copy_host(self, part: Part, announced: Announced | None = None) -> None:
         if not part.members:

@@ -89,16 +89,8 @@ class Copier:
         `begins` is called on the copy thread, and must not wait, if the arena's counter will tell how many of the plan's shards are
         filled: an overlapped copy of host memory on a processor that shows stores in their order.
         """
-        if self._forks != gate.forks:
-            raise ForkedSaverError("a Saver belongs to the process that made it; make another one in the child")
-        if self._closed:
-            raise RuntimeError("this Copier is closed")
-        if cuda.capturing():
-            raise SnapshotError("save() was called inside the capture of a CUDA graph; call it outside")
-        gone = freed(flat.tensors, flat.sight.addresses)
-        if gone is not None:
-            path = flat.structure.path(gone)
-            raise UnsupportedTensorError("its storage was freed; gather the full parameters before saving", key=path)
+        self._refuse(flat)
+        work: Work | None = None
         try:
             work = self._work(flat, plan, arena, overlap=overlap)
             copy = Copy(work, self._clock, started_s)
@@ -117,10 +109,27 @@ class Copier:
                 self._jobs.put((copy, then))
                 return copy
             copy.run_here()
-        except (RuntimeError, MemoryError) as error:
-            raise failure(error) from error
+        except BaseException as error:
+            if work is not None:
+                work.settle()
+            if isinstance(error, RuntimeError | MemoryError):
+                raise failure(error) from error
+            raise
         then(copy)
         return copy
+
+    def _refuse(self, flat: "Flat") -> None:
+        """Raise if nothing can be copied here, or now."""
+        if self._forks != gate.forks:
+            raise ForkedSaverError("a Saver belongs to the process that made it; make another one in the child")
+        if self._closed:
+            raise RuntimeError("this Copier is closed")
+        if cuda.capturing():
+            raise SnapshotError("save() was called inside the capture of a CUDA graph; call it outside")
+        gone = freed(flat.tensors, flat.sight.addresses)
+        if gone is not None:
+            path = flat.structure.path(gone)
+            raise UnsupportedTensorError("its storage was freed; gather the full parameters before saving", key=path)
 
     def forget(self, arena: Arena) -> None:
         """Drop what is kept of an arena, so that it can be unmapped. Waits for a copy into it."""
@@ -139,7 +148,7 @@ class Copier:
             self._jobs.put((barrier, lambda _: None))
             barrier.reached.wait(_JOIN_S)
         for copy in gate.in_flight():
-            if isinstance(copy, Copy) and copy.into(arena):  # it was never given to the thread
+            if isinstance(copy, Copy) and copy.into(arena) and not copy.begun:  # it was never given to the thread
                 gate.leave(copy)
                 copy.give_up()
 

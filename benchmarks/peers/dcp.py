@@ -141,7 +141,7 @@ class DcpAsync(Dcp):
 
     def close(self) -> None:
         if self._stager is not None:
-            del self._stager._state_dict_stager.close
+            vars(self._stager._state_dict_stager).pop("close", None)
             self._stager.close()
 
 

@@ -56,14 +56,17 @@ _STARRED = r"\* Other processes disturbed every round, or the system stopped wit
 def table(lines: Iterable[Line]) -> str:
     """Markdown; empty where no line has a figure for it. Of lines that measure the same the last counts. Systems that are asyncckpt with
     other settings are left out; a figure of a system that other processes disturbed in every round, or that stopped with an error, has a
-    star. What is saved on a device may have any size: the last one is shown, in a table of its own.
+    star. What is saved on a device may have any size: the last one in memory is shown, in a table of its own.
     """
-    known = [line for line in newest(list(lines)) if not line.peer.startswith(_OURS_SET_OTHERWISE)]
+    everything = list(lines)
+    known = [line for line in newest(everything) if not line.peer.startswith(_OURS_SET_OTHERWISE)]
     tables = [_one("1 GB of fp32 weights and AdamW state", known, ROWS)]
-    if on_a_device := [line for line in known if line.scenario == "gpu"]:
-        last = on_a_device[-1]
+    shown = [line for line in everything if any(_has(line, row) for row in ON_A_DEVICE)]
+    if shown:
+        last = shown[-1]
         head = f"{last.settings['raw_bytes'] / 1e9:.1f} GB: {last.state}"
-        tables.append(_one(head, [line for line in on_a_device if line.case == last.case], ON_A_DEVICE))
+        same = [line for line in known if (line.scenario, line.case, line.command) == ("gpu", last.case, last.command)]
+        tables.append(_one(head, same, ON_A_DEVICE))
     return "\n\n".join(filter(None, tables))
 
 

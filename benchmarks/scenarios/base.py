@@ -248,12 +248,13 @@ class Verifier:
 
     def read_one(self, peer: Peer, step: int) -> float | None:
         """Seconds to read the middle one of the tensors alone, onto the state's device; None when the system cannot."""
-        index = len(self._state.tensors()) // 2
+        tensors = self._state.tensors()
+        index = len(tensors) // 2
+        expected = tensors[index]
         started = time.perf_counter()
         found = peer.read_one(step, index, self._twin)
         if found is None:
             return None
-        expected = self._state.tensors()[index]
         found = found.to(expected.device)
         self._state.settle()
         seconds = time.perf_counter() - started

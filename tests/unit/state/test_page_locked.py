@@ -62,6 +62,30 @@ def test_memory_is_unlocked_when_the_restore_fails(runtime: Runtime, memory: mem
     assert runtime.said == ["lock", "synchronize", "unlock"]
 
 
+def test_memory_is_unlocked_when_the_device_has_failed_and_the_restores_own_error_is_raised(
+    runtime: Runtime, memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(ZeroDivisionError), page_locked(memory, DEVICE):
+        raise ZeroDivisionError
+    assert runtime.said == ["lock", "unlock"]
+
+
+def test_memory_is_unlocked_when_the_user_interrupts_the_wait(
+    runtime: Runtime, memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize(device: torch.device) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(KeyboardInterrupt), page_locked(memory, DEVICE):
+        pass
+    assert runtime.said == ["lock", "unlock"]
+
+
 def test_a_runtime_that_refuses_leaves_no_error_and_the_restore_goes_on(runtime: Runtime, memory: memoryview) -> None:
     runtime.code = REFUSED
     done = False

@@ -27,13 +27,14 @@ class Event:
 
 
 class Lane:
-    """A device that copies when its event passes. `held`: events that some stream waits for."""
+    """A device that copies when its event passes. `held`: events that some stream waits for; `settled`: somebody waited for all of it."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.event = Event()
         self.held: list[Event] = []
         self.enqueue = threading.Event()
         self.fails = fails
+        self.settled = False
 
     def finish(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Event:
         assert self.enqueue.wait(PATIENCE_S)
@@ -42,6 +43,9 @@ class Lane:
         torch._foreach_copy_(targets, sources)
         return self.event
 
+    def synchronize(self) -> None:
+        self.settled = True
+
     def hold(self, event: Event) -> None:
         self.held.append(event)
 
@@ -49,13 +53,13 @@ class Lane:
 class Deviced:
     """One copy of an optimizer's parameters "on a device", run on a thread as a Copier would."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, *, start: bool = True) -> None:
         self.parameters = [torch.nn.Parameter(torch.randn(5)) for _ in range(3)]
         self.optimizer = torch.optim.SGD(self.parameters)
         for parameter in self.parameters:
             parameter.grad = torch.ones(5)
         self.rig = Rig({"p": self.parameters, "optimizer": self.optimizer}, Copier())
-        copier = self.rig.copier
+        copier = self.copier = self.rig.copier
         members = Part((0, 1, 2))
         parts = Parts(Part(), Part(), (LanePart(torch.device("cpu"), Part(), members),), members, None)
         targets = copier._views.of(self.rig.arena, self.rig.plan)
@@ -64,7 +68,7 @@ class Deviced:
         self.copy = Copy(self.work, copier._clock, copier._clock())
         gate.open()
         gate.enter(self.copy)
-        self.thread = in_thread(lambda: self.copy.run(self.rig.then.append))
+        self.thread = in_thread(lambda: self.copy.run(self.rig.then.append) if start else None)
 
     def close(self) -> None:
         self.thread.join(PATIENCE_S)
@@ -138,4 +142,42 @@ def test_a_device_that_fails_lets_the_step_pass_and_ends_the_copy() -> None:
     deviced.copy.wait(PATIENCE_S)
     assert type(deviced.copy.error) is SnapshotError
     assert "out of memory" in str(deviced.copy.error)
+    assert lane.settled, "what it was given before may still be written to the arena, which others get now"
+    deviced.close()
+
+
+def test_the_memory_of_a_source_that_moves_behind_a_step_is_kept_until_the_device_has_copied_it(
+    deviced: Deviced, lane: Lane
+) -> None:
+    """Nothing else keeps it: the caching allocator would give it to whoever asks next on its stream."""
+    before = {parameter.data_ptr() for parameter in deviced.parameters}
+    lane.enqueue.set()
+    deviced.optimizer.step()
+    for parameter in deviced.parameters:
+        parameter.data = torch.zeros(5)
+    held = deviced.work.storages
+    assert {storage.data_ptr() for storage in held} == before
+    assert all(storage.nbytes() == 20 for storage in held)
+    lane.event.passed.set()
+    deviced.copy.wait(PATIENCE_S)
+    assert deviced.copy.error is None
+
+
+def test_memory_that_is_freed_behind_a_step_and_before_the_device_has_copied_it_tears_the_snapshot(
+    deviced: Deviced, lane: Lane
+) -> None:
+    lane.enqueue.set()
+    deviced.optimizer.step()
+    deviced.parameters[1].untyped_storage().resize_(0)
+    lane.event.passed.set()
+    deviced.copy.wait(PATIENCE_S)
+    assert isinstance(deviced.copy.error, TornSnapshotError)
+    assert "freed" in str(deviced.copy.error)
+
+
+def test_an_interrupted_save_waits_for_the_device_before_its_arena_is_free(lane: Lane) -> None:
+    deviced = Deviced(lane, start=False)
+    deviced.copier.settle(deviced.rig.arena)
+    assert lane.settled
+    assert isinstance(deviced.copy.error, SnapshotError)
     deviced.close()
