@@ -5,6 +5,7 @@ All or nothing: names, shapes, dtypes and every digest are checked before the fi
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from asyncckpt import errors, events
 from asyncckpt.collector import seldom
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record, read_values
+from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
@@ -146,6 +148,25 @@ def restore_from(
         raise _nothing_to_choose(store, step, url)
     _LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
     return Outcome(None)
+
+
+def set_aside(store: Store, found: Outcome) -> None:
+    """Mark the damaged checkpoints that were passed over, so that their steps can be saved again.
+
+    The state is restored by now, so where nothing can be written that is a warning.
+    """
+    for step in found.damaged:
+        try:
+            mark_damaged(store, step)
+        except errors.CheckpointError as error:
+            good = found.restored.step if found.restored is not None else "a good one"
+            warnings.warn(
+                f"checkpoint {step} is damaged and could not be set aside ({type(error).__name__}: {error.message}), so a save of step "
+                f"{step} will be skipped as if it were good: delete it, or rewind to step {good} with Run(url).rewind({good}), once the "
+                "store takes writes",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def load_from(

@@ -16,7 +16,6 @@ from asyncckpt import errors, events, progress
 from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.choice import CodecChoice, usual_codec
 from asyncckpt.engine.client import ServiceEngine
-from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.engine.submitted import Listener
@@ -35,7 +34,7 @@ from asyncckpt.options import (
     check_rules,
 )
 from asyncckpt.request import SaveRequest
-from asyncckpt.restore import Restored, restore_from
+from asyncckpt.restore import Restored, restore_from, set_aside
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state.ranks import rank
 from asyncckpt.store.base import Store
@@ -195,9 +194,9 @@ class Saver:
         self._check_usable()
         found = restore_from(self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks)
         if rank() == 0:
-            for damaged in found.damaged:
-                mark_damaged(self._store, damaged)
-        if found.restored is not None and max(find_checkpoints(self._store).good, default=-1) > found.restored.step:
+            set_aside(self._store, found)
+        newer = set(find_checkpoints(self._store).good).difference(found.damaged)
+        if found.restored is not None and max(newer, default=-1) > found.restored.step:
             self._on_exists = "raise"
         return found.restored
 

@@ -571,3 +571,30 @@ def test_a_step_set_aside_by_an_earlier_run_is_no_newer_branch(tmp_path):
         with pytest.warns(RuntimeWarning, match="exists already"):
             assert not saver.save(2, numbered(2)).result().skipped
     assert_numbered(asyncckpt.load(tmp_path), 2)
+
+
+def test_a_damaged_step_that_cannot_be_set_aside_is_warned_about_and_the_one_before_is_restored():
+    inner = MemoryStore()
+    with Saver("memory://", store=inner) as saver:
+        for step in (1, 2):
+            saver.save(step, numbered(step))
+            saver.wait()
+    for entry in list(inner.list("step-0000000002/")):
+        if "safetensors" in entry.key:
+            inner.put(entry.key, [b"damaged"])
+    full = FaultyStore(inner, range(99), operations={"put"}, error=lambda: errors.DiskFullError("no space left"))
+    with Saver("memory://", store=full) as saver:
+        state = numbered(0)
+        with pytest.warns(UserWarning, match="passed over|set aside") as told:
+            restored = saver.restore(state)
+        assert restored.step == 1
+        assert_numbered(state, 1)
+        expected = (
+            "checkpoint 2 is damaged and could not be set aside (DiskFullError: no space left), so a save of step 2 will be skipped "
+            "as if it were good: delete it, or rewind to step 1 with Run(url).rewind(1), once the store takes writes"
+        )
+        assert expected in [str(one.message) for one in told]
+        full.fail = ()
+        assert saver.save(2, numbered(2)).result().skipped
+        with pytest.warns(RuntimeWarning, match="exists already"):
+            assert saver.save(3, numbered(3)).result().skipped is None
