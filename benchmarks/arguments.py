@@ -45,11 +45,26 @@ def names_among(known: Container[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def device(text: str) -> torch.device:
-    """One that torch can name; whether it is there is another question."""
+    """A CUDA device or the CPU; whether it is there is another question."""
     try:
-        return torch.device(text)
+        found = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"torch knows no device {text!r}") from error
+    if found.type not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"snapshots are taken from cuda or cpu, not from {found.type}")
+    return found
+
+
+def multiple(of: int) -> Callable[[str], int]:
+    """A whole number that it divides."""
+
+    def parse(text: str) -> int:
+        value = count(text)
+        if value % of:
+            raise argparse.ArgumentTypeError(f"{text!r} is no multiple of {of}")
+        return value
+
+    return parse
 
 
 def folder(text: str) -> Path:

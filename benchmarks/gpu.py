@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers, results
-from benchmarks.arguments import count, device, file_to_append_to, folder, names_among
+from benchmarks.arguments import count, device, file_to_append_to, folder, multiple, names_among
 from benchmarks.reports import lines, overview
 from benchmarks.scenarios import gpu
 from benchmarks.scenarios.base import Choices, Run
@@ -49,7 +49,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as own:  # a file that is appended to holds other runs
         results.append(Path(own) / "run.jsonl", found, origin)
         print(overview.table(lines.read([Path(own) / "run.jsonl"])), flush=True)
-    return int(any(result.error and result.peer.startswith("asyncckpt") for result in found))
+    broken = any(result.error and result.peer.startswith("asyncckpt") for result in found)
+    return int(broken or not any(result.measures for result in found))
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=count, default=4, help="saves of every system that count")
     parser.add_argument("--store", choices=("tmpfs", "disk"), default="tmpfs", help="where everybody saves")
-    parser.add_argument("--width", type=count, default=own.width, help="of the GPT, a multiple of 64")
+    parser.add_argument("--width", type=multiple(64), default=own.width, help="of the GPT, a multiple of 64")
     parser.add_argument("--layers", type=count, default=own.layers)
     parser.add_argument("--batch", type=count, default=own.batch, help="sequences a step")
     parser.add_argument("--window", type=count, default=own.window, help="bytes of text in a sequence")

@@ -24,12 +24,12 @@ class Safetensors(Peer):
 
     @torch.no_grad()
     def restore(self, step: int, state: State) -> None:
-        with safe_open(self._path(step), framework="pt") as file:
+        with safe_open(self._path(step), framework="pt", device=str(state.device)) as file:
             for name, tensor in _named(state).items():
                 tensor.copy_(file.get_tensor(name))
 
     def read_one(self, step: int, index: int, state: State) -> torch.Tensor:
-        with safe_open(self._path(step), framework="pt") as file:
+        with safe_open(self._path(step), framework="pt", device=str(state.device)) as file:
             return file.get_tensor(_name(leaf_paths(state)[index]))
 
     def stored_bytes(self, step: int) -> int:

@@ -95,7 +95,11 @@ def read(paths: Iterable[Path]) -> list[Line]:
     """All lines of all files. `ResultsError` names the file and the line that is none."""
     found = []
     for path in paths:
-        for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            whole = path.read_text()
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{path} holds no results: it is no text") from error
+        for number, text in enumerate(whole.splitlines(), 1):
             if not text.strip():
                 continue
             try:
@@ -157,5 +161,5 @@ def varying(cases: Iterable[tuple[str, str, str]]) -> list[str]:
 
 def _spread(value: Any) -> Spread:
     if isinstance(value, dict):
-        return Spread(value["median"], value["min"], value["max"], value["samples"])
+        return Spread(*(float(value[name]) for name in ("median", "min", "max")), int(value["samples"]))
     return Spread(float(value), float(value), float(value), 1)

@@ -33,6 +33,26 @@ def test_without_a_device_it_says_so_and_ends_well():
     assert (done.returncode, done.stdout.split(":")[0]) == (0, "skipped")
 
 
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--device=mps", "snapshots are taken from cuda or cpu, not from mps"),
+        ("--device=nonsense", "torch knows no device 'nonsense'"),
+        ("--width=100", "'100' is no multiple of 64"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_runs(option, why):
+    done = run(option)
+    assert done.returncode == 2
+    assert why in done.stderr
+
+
+def test_a_run_in_which_no_system_could_save_is_none():
+    done = run("--device=cpu", "--width=64", "--layers=1", "--batch=2", "--window=32", "--peers=s3torchconnector")
+    assert done.returncode == 1
+    assert "s3torchconnector did not run" in done.stdout
+
+
 @pytest.mark.slow
 def test_every_system_trains_saves_and_restores_and_leaves_a_line(tmp_path):
     systems = ["asyncckpt", "asyncckpt-eager", "dcp-thread", "torch.save"]

@@ -154,6 +154,17 @@ def test_a_line_that_is_no_result_is_named(tmp_path, capsys):
     path = write(tmp_path / "r", row(), {"scenario": "idle"})
     assert report.main([str(path)]) == 2
     assert f"{path}:2 is no result: KeyError" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_text_and_a_figure_that_is_no_number_are_named(tmp_path, capsys):
+    binary = tmp_path / "plot.png"
+    binary.write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    assert report.main([str(binary)]) == 2
+    assert f"{binary} holds no results: it is no text" in capsys.readouterr().err
+    figure = {"median": "fast", "min": 1.0, "max": 2.0, "samples": 3}
+    path = write(tmp_path / "r", row(measures={"durable_s": figure}))
+    assert report.main([str(path)]) == 2
+    assert f"{path}:1 is no result: ValueError" in capsys.readouterr().err
     assert report.main([str(tmp_path / "absent")]) == 2
 
 
