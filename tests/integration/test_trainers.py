@@ -126,6 +126,6 @@ def test_the_main_loop_keeps_its_core_beside_a_worker(warm, tmp_path):
     trainer = warm.start("share_a_core", str(tmp_path))
     ours_s, theirs_s = trainer.report("cpu_s", 110.0)
     assert trainer.end() == 0
-    assert theirs_s > 0.05, "the save was too short to be measured"
+    assert theirs_s > 0.02, "the save was too short to be measured"
     kept = ours_s / (ours_s + theirs_s)
     assert kept >= 0.85, f"the main loop kept {kept:.2f} of its core: {ours_s:.2f} s, its workers {theirs_s:.2f} s"
