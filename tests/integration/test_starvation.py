@@ -15,6 +15,8 @@ from asyncckpt.engine.seat import STARVED_NICE
 from tests.processes import children, eventually, services
 from tests.trainers import TunedSaver
 
+MOST_SAVES = 10
+
 
 @pytest.fixture
 def busy_cores():
@@ -31,13 +33,15 @@ def test_a_worker_that_gets_no_core_is_followed_by_one_that_yields_less(tmp_path
     faulthandler.cancel_dump_traceback_later()  # what a starved worker has begun may take longer than a test may hang
     seen = []
     state = {"model": {str(at): torch.randn(2_000_000) for at in range(6)}}  # 48 MB, a tenth of a second alone
-    with TunedSaver(tmp_path, codec="planes", hooks=[seen.append], engine_options={"starved_s": 2.0}) as saver:
-        save = saver.save(1, state)
-        save.result(500)
+    with TunedSaver(tmp_path, codec="planes", hooks=[seen.append], engine_options={"starved_s": 0.5}) as saver:
+        for step in range(1, MOST_SAVES + 1):  # now and then a worker is lucky
+            saver.save(step, state).result(500)
+            if replaced := [event for event in seen if isinstance(event, events.WorkerReplaced)]:
+                break
         (service,) = services(os.getpid())
         kept = [os.getpriority(os.PRIO_PROCESS, worker) - os.nice(0) for worker in children(service)]
-    (replaced,) = [event for event in seen if isinstance(event, events.WorkerReplaced)]
-    assert "waited for a core" in replaced.reason
+    assert len(replaced) == 1
+    assert "waited for a core" in replaced[0].reason
     assert kept
     assert set(kept) == {STARVED_NICE}
     loaded = asyncckpt.load(tmp_path, step=1)
