@@ -150,20 +150,19 @@ def restore_from(
     return Outcome(None)
 
 
-def set_aside(store: Store, found: Outcome) -> None:
+def set_aside(store: Store, damaged: Sequence[int], *, restored: int) -> None:
     """Mark the damaged checkpoints that were passed over, so that their steps can be saved again.
 
-    The state is restored by now, so where nothing can be written that is a warning.
+    The state is that of `restored` by now, so where nothing can be written that is a warning.
     """
-    for step in found.damaged:
+    for step in damaged:
         try:
             mark_damaged(store, step)
         except errors.CheckpointError as error:
-            good = found.restored.step if found.restored is not None else "a good one"
             warnings.warn(
                 f"checkpoint {step} is damaged and could not be set aside ({type(error).__name__}: {error.message}), so a save of step "
-                f"{step} will be skipped as if it were good: delete it, or rewind to step {good} with Run(url).rewind({good}), once the "
-                "store takes writes",
+                f"{step} will be skipped as if it were good: delete it, or rewind to step {restored} with Run(url).rewind({restored}), once "
+                "the store takes writes",
                 UserWarning,
                 stacklevel=3,
             )

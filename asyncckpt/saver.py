@@ -193,12 +193,14 @@ class Saver:
         """
         self._check_usable()
         found = restore_from(self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks)
+        restored = found.restored
+        if restored is None:
+            return None
         if rank() == 0:
-            set_aside(self._store, found)
-        newer = set(find_checkpoints(self._store).good).difference(found.damaged)
-        if found.restored is not None and max(newer, default=-1) > found.restored.step:
+            set_aside(self._store, found.damaged, restored=restored.step)
+        if max(set(find_checkpoints(self._store).good).difference(found.damaged), default=-1) > restored.step:
             self._on_exists = "raise"
-        return found.restored
+        return restored
 
     # -- the end
 

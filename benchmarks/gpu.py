@@ -20,7 +20,8 @@ import torch
 
 from benchmarks import peers, results
 from benchmarks.arguments import count, device, file_to_append_to, folder, multiple, names_among
-from benchmarks.reports import lines, overview
+from benchmarks.reports import overview
+from benchmarks.reports.lines import Line
 from benchmarks.scenarios import gpu
 from benchmarks.scenarios.base import Choices, Run
 
@@ -46,9 +47,7 @@ def main() -> int:
     print(results.table(found) + "\n", flush=True)
     if args.json:
         results.append(args.json, found, origin)
-    with tempfile.TemporaryDirectory() as own:  # a file that is appended to holds other runs
-        results.append(Path(own) / "run.jsonl", found, origin)
-        print(overview.table(lines.read([Path(own) / "run.jsonl"])), flush=True)
+    print(overview.table([Line.from_json(result.to_json()) for result in found]), flush=True)
     broken = any(result.error and result.peer.startswith("asyncckpt") for result in found)
     return int(broken or not any(result.measures for result in found))
 

@@ -27,26 +27,18 @@ class Homes:
         self._closed: set[str] = set()  # offers that only `crowd` looks at
         self._missing: list[str] = []
         self._made: list[torch.Tensor] = []  # or their ids could be another tensor's later
-        self.device: torch.device | None = None
-        """A CUDA device among those of the offers, and of the parameters whose state is made anew."""
         self.handed: set[int] = set()
         self.crowded: set[str] = set()
 
     def offer(self, path: str, tensor: torch.Tensor, *, fillable: bool = True) -> None:
         """This tensor will hold what is stored at `path`. `fillable` False: but bytes must not be read into it."""
         self._offers.append((path, tensor))
-        self.goes_to(tensor.device)
         if not fillable:
             self._closed.add(path)
 
     def offer_new(self, path: str) -> None:
         """There is no tensor yet, and a new one of host memory may be kept."""
         self._missing.append(path)
-
-    def goes_to(self, device: torch.device) -> None:
-        """Something is copied there."""
-        if device.type == "cuda":
-            self.device = device
 
     def choose(
         self, paths: Collection[str], real_path: Callable[[str], str], targets: Iterable[tuple[torch.Tensor, str]]

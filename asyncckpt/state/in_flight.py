@@ -120,14 +120,12 @@ class Copy:
 
     def _fail(self, cause: BaseException) -> None:
         traceback.clear_frames(cause.__traceback__)  # or the error would keep the state in memory
-        if isinstance(cause, SnapshotError):
-            self.error = self.error or cause
         if self._work is not None:
             self._work.settle()
             with contextlib.suppress(Exception):
                 self._check(self._work)  # a tensor that was changed beneath the copy explains most failures
         if self.error is None:
-            self.error = failure(cause)
+            self.error = cause if isinstance(cause, SnapshotError) else failure(cause)
 
     def _finish(self) -> None:
         self.staged_s = self._clock() - self._started_s

@@ -34,6 +34,8 @@ class Matching:
         self.paths: dict[str, None] = {}
         self.targets: list[tuple[torch.Tensor, str]] = []
         self.homes = Homes(specs)
+        self.device: torch.device | None = None
+        """A CUDA device that values will be copied to."""
 
     def report(self) -> None:
         """Raise if anything differs."""
@@ -75,6 +77,11 @@ class Matching:
         if path not in self.specs:
             raise CorruptCheckpointError(f"the index names no tensor {path!r}", key=path)
         return self.specs[path]
+
+    def goes_to(self, device: torch.device) -> None:
+        """Values will be copied there."""
+        if device.type == "cuda":
+            self.device = device
 
     def compare(self, node: Any, path: str, dtype: str, shape: tuple[int, ...]) -> bool:
         """Is there a tensor of this dtype and shape? If so it will be asked for."""
@@ -121,6 +128,7 @@ class Matching:
             )
         elif self.compare(node, path, dtype_name(target.dtype), target.shape):
             self.targets.append((target, path))
+            self.goes_to(target.device)
 
         def restore(get: Getter) -> Any:
             copy_exact(target, get(path))

@@ -106,11 +106,11 @@ class OptimizerLoad:
         parameter = self._parameters.get(keys.unescape(name))
         if parameter is None or not isinstance(node, dict):
             return
+        match.goes_to(parameter.device)
         before = self._optimizer.state.get(parameter, {})
         before = {keys.escape(key): value for key, value in before.items()} if isinstance(before, dict) else {}
         for key, kind in node.get("dict", {}).items():
             if kind == "tensor" and key not in before:
-                match.homes.goes_to(parameter.device)
                 if fillable and parameter.device.type == "cpu" and parameter.is_contiguous():
                     match.homes.offer_new(f"{path}/{key}")
             elif kind == "tensor" and isinstance(before[key], torch.Tensor):

@@ -173,9 +173,7 @@ class Work:
     path: Callable[[int], str]
     events: list[tuple[Lane, torch.cuda.Event]] = field(default_factory=list)
     witnesses: Witnesses | None = None
-    storages: list[torch.UntypedStorage] = field(
-        default_factory=list
-    )  # live on if a tensor is dropped, or gets another
+    storages: list[torch.UntypedStorage] = field(default_factory=list)  # of the watched, which may get others meanwhile
     before_copy: Callable[[], None] | None = None
     announced: Announced | None = None
     afterwards: Callable[[], None] | None = None  # holds none of the sources
@@ -208,11 +206,13 @@ class Work:
         """Return when every byte is in the arena. Memory that an owner freed meanwhile may have been somebody else's when it was copied."""
         for _, event in self.events:
             event.synchronize()
-        if self.lanes and not all(map(torch.UntypedStorage.nbytes, self.storages)):
-            raise TornSnapshotError(
-                "the storage of a tensor on a device was freed (`resize_(0)`) while the snapshot copied it; nothing of this save is stored. "
-                "Call wait_staged() before"
-            )
+        for member, storage in zip(self.parts.watched.members, self.storages, strict=True) if self.lanes else ():
+            if not storage.nbytes():
+                raise TornSnapshotError(
+                    "the storage of this tensor was freed while the snapshot copied it from its device; nothing of this save is stored. "
+                    "Call wait_staged() before it is resized",
+                    key=self.path(member),
+                )
 
     def settle(self) -> None:
         """It failed: return when no device writes into the arena any more."""

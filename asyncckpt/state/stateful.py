@@ -15,18 +15,17 @@ from asyncckpt.state.tree import one_item
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """A restore that was found possible. `paths`: full paths of the tensors that `apply` will ask for, and no others."""
+    """A restore that was found possible.
+
+    `paths`: full paths of the tensors that `apply` will ask for, and no others; `device`: a CUDA device that some will be copied to.
+    """
 
     paths: tuple[str, ...]
+    device: torch.device | None
     _state: Mapping[Any, Any]
     _places: tuple[tuple[Any, str, Place], ...]
     _targets: tuple[tuple[torch.Tensor, str], ...]
     _homes: Homes
-
-    @property
-    def device(self) -> torch.device | None:
-        """A CUDA device that values will be copied to."""
-        return next((target.device for target, _ in self._targets if target.is_cuda), None) or self._homes.device
 
     def homes(self, paths: Collection[str], real_path: Callable[[str], str]) -> dict[str, dict[str, torch.Tensor]]:
         """Those of `paths` whose bytes may be read into place by `apply`, and where, for each group. `real_path`: of an alias.
@@ -121,4 +120,4 @@ def plan_restore(
         elif name is not None:
             match.missing(name, "the checkpoint has no such group")
     match.report()
-    return RestorePlan(tuple(match.paths), state, tuple(places), tuple(match.targets), match.homes)
+    return RestorePlan(tuple(match.paths), match.device, state, tuple(places), tuple(match.targets), match.homes)

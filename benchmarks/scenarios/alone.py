@@ -33,10 +33,8 @@ def _compare(context: Run, spec: StateSpec) -> list[Result]:
             if before.error is None:
                 result, samples = _in_child(context, spec, name)
                 samples.rounds[:0] = before.rounds
-                found[name] = (
-                    found[name][0] if name in found else result,
-                    samples,
-                )  # what dies later is still who it was
+                first = found[name][0] if name in found else result  # what dies later is still who it was
+                found[name] = (first, samples)
     return [
         dataclasses.replace(
             result,

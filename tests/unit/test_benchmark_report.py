@@ -154,6 +154,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path, capsys):
     path = write(tmp_path / "r", row(), {"scenario": "idle"})
     assert report.main([str(path)]) == 2
     assert f"{path}:2 is no result: KeyError" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "absent")]) == 2
 
 
 def test_a_file_that_is_no_text_and_a_figure_that_is_no_number_are_named(tmp_path, capsys):
@@ -165,7 +166,6 @@ def test_a_file_that_is_no_text_and_a_figure_that_is_no_number_are_named(tmp_pat
     path = write(tmp_path / "r", row(measures={"durable_s": figure}))
     assert report.main([str(path)]) == 2
     assert f"{path}:1 is no result: ValueError" in capsys.readouterr().err
-    assert report.main([str(tmp_path / "absent")]) == 2
 
 
 # -- plots

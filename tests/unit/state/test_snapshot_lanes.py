@@ -173,6 +173,7 @@ def test_memory_that_is_freed_behind_a_step_and_before_the_device_has_copied_it_
     deviced.copy.wait(PATIENCE_S)
     assert isinstance(deviced.copy.error, TornSnapshotError)
     assert "freed" in str(deviced.copy.error)
+    assert deviced.copy.error.key == "p/#1"
 
 
 def test_an_interrupted_save_waits_for_the_device_before_its_arena_is_free(lane: Lane) -> None:
