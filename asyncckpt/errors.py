@@ -8,6 +8,7 @@
     ├── QueueFullError                every arena is in flight and `when_full="raise"`
     ├── SaveFailedError               one or more saves did not commit; `.failures` says which and why
     ├── CheckpointConflictError       the step exists already, written by another attempt
+    ├── CommitUnknownError            the record's put has no answer: the checkpoint may still appear, complete
     ├── WorkerDiedError               a worker (or the service) died again and again on one task
     ├── ForkedSaverError              a Saver was used in a forked child
     ├── StoreError                    the store refused or failed
@@ -17,6 +18,7 @@
     │   ├── StoreNotFoundError            the bucket or the root does not exist
     │   ├── ObjectNotFoundError           one key does not exist
     │   ├── ObjectExistsError             a conditional put found the key taken
+    │   ├── ObjectChangedError            a conditional put or delete found another object than the one that was read
     │   ├── UnsafeStoreError              the store ignores `If-None-Match`
     │   ├── ClockSkewError                this host's clock is too far from the store's
     │   ├── DiskFullError                 no space or quota left
@@ -27,7 +29,7 @@
     │   ├── MissingShardError             an object that the index names is gone
     │   ├── DigestMismatchError           bytes differ from their BLAKE3 digest
     │   └── RecordError                   a record or index that is malformed
-    │       └── FormatVersionError            of a format that this asyncckpt does not know: upgrade it
+    ├── FormatVersionError            written by a newer asyncckpt: no damage; upgrade this one
     └── UnsafeCheckpointError         a checkpoint asks for something a reader must not do
         └── ResourceLimitError            it states sizes above the limits
 
@@ -102,6 +104,10 @@ class CheckpointConflictError(CheckpointError):
     """The step was committed by another attempt."""
 
 
+class CommitUnknownError(CheckpointError):
+    """The record's put was sent and its outcome is not known: the checkpoint may still appear, complete."""
+
+
 class WorkerDiedError(CheckpointError):
     """A worker or the service died on every try of one task."""
 
@@ -136,6 +142,10 @@ class ObjectNotFoundError(StoreError):
 
 class ObjectExistsError(StoreError):
     """A put with `if_absent` found the key taken."""
+
+
+class ObjectChangedError(StoreError):
+    """A conditional put or delete found another object than the one that was read."""
 
 
 class UnsafeStoreError(StoreError):
@@ -178,8 +188,8 @@ class RecordError(CorruptCheckpointError):
     """A record or an index is malformed."""
 
 
-class FormatVersionError(RecordError):
-    """A record or an index of a format that this version does not know: no damage, and never marked as such."""
+class FormatVersionError(CheckpointError):
+    """A checkpoint of a newer asyncckpt: its digests agree, and something in it is unknown here. No damage, and never treated as such."""
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -69,6 +69,7 @@ class Launcher:
         self._choice = choice
         self._ended_s = 0.0  # when the last save had its answer
         self._run_id = secrets.token_hex(4)
+        self._lineage = secrets.token_hex(4)
         self._attempts = itertools.count(1)
         self._flattener = Flattener()
         self._copier = Copier()
@@ -247,6 +248,7 @@ class Launcher:
             pinned=request.pinned,
             versions=_versions(),
             world_size=world_size(),
+            lineage=self._lineage,
             on_exists=request.on_exists,
             probe=not self._probed,
         )

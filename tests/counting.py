@@ -45,5 +45,16 @@ class CountingStore(Store):
         self._count("list", prefix, 0)
         return self.inner.list(prefix, **options)
 
+    def get_version(self, key, *, max_bytes):
+        version = self.inner.get_version(key, max_bytes=max_bytes)
+        self._count("get", key, len(version.data))
+        return version
+
+    def replace(self, key, data, old):
+        self.inner.replace(key, data, old)
+
+    def remove(self, key, old):
+        self.inner.remove(key, old)
+
     def delete(self, keys):
         self.inner.delete(keys)

@@ -4,14 +4,14 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 
 from asyncckpt.errors import TransientStoreError
-from asyncckpt.store.base import Buffers, Entry, Store, Upload
+from asyncckpt.store.base import Buffers, Entry, Store, Upload, Version
 
 
 class FaultyStore(Store):
     """Fails the calls whose number (from 1, over all operations, uploads' too) is in `fail`.
 
     With `after`, a failing call took effect and its answer was lost. `operations` restricts counting and failing to
-    some of: put start_upload write complete abort get get_into head list delete. `calls` lists what was counted.
+    some of: put start_upload write complete abort get get_into head list replace remove delete. `calls` lists what was counted.
     """
 
     def __init__(
@@ -56,6 +56,15 @@ class FaultyStore(Store):
         lines = self.inner.list(prefix, delimiter=delimiter, start_after=start_after)
         while (line := self.run("list", prefix, lambda: next(lines, None))) is not None:
             yield line
+
+    def get_version(self, key: str, *, max_bytes: int) -> Version:
+        return self.run("get", key, lambda: self.inner.get_version(key, max_bytes=max_bytes))
+
+    def replace(self, key: str, data: Buffers, old: Version) -> None:
+        self.run("replace", key, lambda: self.inner.replace(key, data, old))
+
+    def remove(self, key: str, old: Version) -> None:
+        self.run("remove", key, lambda: self.inner.remove(key, old))
 
     def delete(self, keys: Iterable[str]) -> None:
         names = tuple(keys)

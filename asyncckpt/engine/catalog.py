@@ -4,11 +4,11 @@ import contextlib
 from dataclasses import dataclass
 
 from asyncckpt import errors
-from asyncckpt.format import keys
+from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decompress
 from asyncckpt.format.index import MAX_INDEX_BYTES, Index
-from asyncckpt.format.record import MAX_RECORD_BYTES, FileRef, Record
+from asyncckpt.format.record import FileRef, Record
 from asyncckpt.store.base import Store
 
 MAX_STATE_BYTES = 2**31
@@ -60,7 +60,7 @@ def read_record(store: Store, step: int) -> Record:
     """The record of a step; `CheckpointNotFoundError` if there is none."""
     key = keys.record_key(step)
     try:
-        record = Record.parse(store.get(key, max_bytes=MAX_RECORD_BYTES), key)
+        record = Record.parse(store.get(key, max_bytes=limits.RECORD_BYTES), key)
     except errors.ObjectNotFoundError as error:
         raise errors.CheckpointNotFoundError(
             f"there is no checkpoint of this step{_instead(store)}", step=step, key=key

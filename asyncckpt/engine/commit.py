@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from asyncckpt import errors
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
-from asyncckpt.format import keys
+from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import compress
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.record import FileRef, Record
 from asyncckpt.store.base import Store
-
-MAX_RECORD_BYTES = 64 * 2**20
 
 
 def exists(store: Store, job: SaveJob) -> bool:
@@ -59,6 +57,7 @@ def commit(
         pinned=job.pinned,
         versions=dict(job.versions),
         world_size=job.world_size,
+        lineage=job.lineage,
         raw_bytes=builder.plan.data_bytes,
         stored_bytes=stored,
         index=refs[folder + "index.json.zst"],
@@ -116,10 +115,10 @@ def _probe(store: Store, key: str, data: bytes) -> None:
 def _attempt_of(store: Store, step: int) -> str | None:
     key = keys.record_key(step)
     try:
-        return str(Record.parse(store.get(key, max_bytes=MAX_RECORD_BYTES), key).attempt)
+        return str(Record.parse(store.get(key, max_bytes=limits.RECORD_BYTES), key).attempt)
     except errors.ObjectNotFoundError:
         return None
-    except errors.RecordError:
+    except errors.CorruptCheckpointError:
         return ""  # unreadable: stands in the way, and belongs to no attempt
 
 

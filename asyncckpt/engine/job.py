@@ -13,6 +13,7 @@ class SaveJob:
 
     `number`: of the save within its Saver. `attempt`: run id and sequence number; part of every object's name.
     `earlier_attempts`: attempts of the same save that a dead service may have committed without an answer.
+    `lineage`: of the run, 8 hex digits.
     `probe`: this Saver has not yet seen that the store honours conditional puts.
     """
 
@@ -31,6 +32,7 @@ class SaveJob:
     pinned: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     world_size: int = 1
+    lineage: str = "00000000"
     on_exists: OnExists = "skip"
     earlier_attempts: tuple[str, ...] = ()
     probe: bool = False

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from asyncckpt import errors
 from asyncckpt.engine.catalog import find_checkpoints
-from asyncckpt.engine.commit import MAX_RECORD_BYTES, remove_folders
-from asyncckpt.format import keys
+from asyncckpt.engine.commit import remove_folders
+from asyncckpt.format import keys, limits
 from asyncckpt.format.record import Record
 from asyncckpt.options import KeepLast, KeepRule
 from asyncckpt.store.base import Store
@@ -61,6 +61,6 @@ def remove_checkpoint(store: Store, record: Record) -> None:
 def _read(store: Store, step: int) -> Record | None:
     key = keys.record_key(step)
     try:
-        return Record.parse(store.get(key, max_bytes=MAX_RECORD_BYTES), key)
-    except (errors.ObjectNotFoundError, errors.RecordError):
+        return Record.parse(store.get(key, max_bytes=limits.RECORD_BYTES), key)
+    except (errors.ObjectNotFoundError, errors.CorruptCheckpointError, errors.FormatVersionError):
         return None

@@ -1,34 +1,78 @@
-"""The record: the object whose existence makes a checkpoint exist. Small, JSON, read before anything else."""
+"""The record: the object whose existence makes a checkpoint exist. Small, JSON, read before anything else.
+
+Its last line is the digest of all before it, so every reader of any version can tell damage from a newer format.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from asyncckpt.errors import RecordError, ResourceLimitError, UnsafeCheckpointError
-from asyncckpt.format import keys, strict_json
-from asyncckpt.format.digest import from_hex
+from asyncckpt.errors import (
+    CheckpointError,
+    DigestMismatchError,
+    FormatVersionError,
+    RecordError,
+    ResourceLimitError,
+)
+from asyncckpt.format import keys, limits, strict_json
+from asyncckpt.format.digest import Buffer, from_hex, hexdigest
 
-MAX_RECORD_BYTES = 64 * 2**20
-MAX_DEPTH = 32
-_MAX_VALUES = 2_000_000
-_MAX_FREE_INT = 2**64  # in a user's config, e.g. a seed
+Parsed = TypeVar("Parsed")
+
+KNOWN: frozenset[str] = frozenset()
+"""What a record may require of its reader (`requires`) and this one knows."""
+
+_ENDING = ',\n "digest": "%s"\n}\n'
+ENDING_BYTES = len(_ENDING % ("0" * 64))
+"""82: of the last line and the brace behind it."""
+_LINEAGE = re.compile("[0-9a-f]{8}")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no numbers for these
 
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """An object that is read whole. `digest`: BLAKE3 of its stored bytes, 64 hex digits."""
+    """An object that is read whole. `digest`: BLAKE3 of its stored bytes, 64 hex digits. `rank`: whose state it is, if one rank's."""
 
     key: str
     bytes: int
     digest: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a record of any version tells, so that retention of any version knows what it must leave alone."""
+
+    format: int
+    step: int
+    attempt: str
+    folders: tuple[str, ...]
+    pinned: bool
+    requires: tuple[str, ...]
+
+    @property
+    def newer(self) -> str:
+        """Why this asyncckpt cannot read the checkpoint; empty if it can."""
+        if self.format != strict_json.FORMAT:
+            return f"it has format {self.format}, and this asyncckpt reads {strict_json.FORMAT}"
+        unknown = sorted(set(self.requires) - KNOWN)
+        return f"it requires {', '.join(map(repr, unknown))}, which this asyncckpt does not know" if unknown else ""
+
+    @classmethod
+    def parse(cls, data: bytes, key: str) -> "Outline":
+        """Of the record found at `key`, whatever its version; damage raises as in `Record.parse`."""
+        return _located(key, lambda: _outline(_fields(data), keys.parse_record_key(key)))
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One checkpoint. `time`: seconds since 1970; `folders`: every folder that its index refers to."""
+    """One checkpoint. `time`: seconds since 1970; `folders`: every folder that is needed to restore it.
+
+    `lineage`: 8 hex digits that a run inherits from the checkpoint it restored. `requires`: what a reader must know.
+    """
 
     step: int
     attempt: str
@@ -45,15 +89,19 @@ class Record:
     pinned: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     world_size: int = 1
+    lineage: str = ""
+    requires: tuple[str, ...] = ()
     format: int = strict_json.FORMAT
 
     def to_json(self) -> bytes:
         """The stored bytes. `ValueError` or `TypeError` if `config` is no JSON (see `check_config`)."""
         data = {
             "format": self.format,
+            "requires": list(self.requires),
             "step": self.step,
             "epoch": self.epoch,
             "attempt": self.attempt,
+            "lineage": self.lineage,
             "time": self.time,
             "metrics": {name: _number(value) for name, value in self.metrics.items()},
             "config": self.config,
@@ -67,59 +115,109 @@ class Record:
             "states": [_ref_to_json(ref) for ref in self.states],
             "folders": list(self.folders),
         }
-        return json.dumps(data, indent=1, allow_nan=False).encode("ascii")
+        return sealed(json.dumps(data, indent=1, allow_nan=False).encode("ascii"))
 
     @classmethod
     def parse(cls, data: bytes, key: str) -> "Record":
-        """Mirror of `to_json`, for the record found at `key`. Unknown fields are ignored, an unknown version is not.
+        """Mirror of `to_json`, for the record found at `key`. Unknown fields are ignored.
 
-        `RecordError`, `ResourceLimitError` or `UnsafeCheckpointError`; never another error.
+        The digest decides: where it fails, or the text breaks a rule of the format, the record is damaged (a `CorruptCheckpointError` or
+        an `UnsafeCheckpointError`); where it agrees and something is unknown or beyond a limit, the record is newer (`FormatVersionError`).
         """
-        try:
-            return _parse(data, keys.parse_record_key(key))
-        except (RecordError, UnsafeCheckpointError) as error:
-            raise error.at(key=key) from error.__cause__
+        return _located(key, lambda: _parse(data, keys.parse_record_key(key)))
+
+
+def sealed(text: bytes) -> bytes:
+    """A record's JSON, which ends with a brace on a line of its own, with its digest as the last line."""
+    body = text[: text.rindex(b"\n}")]
+    return body + (_ENDING % hexdigest(body)).encode("ascii")
+
+
+def is_sealed(body_digest: str, ending: Buffer) -> bool:
+    """Whether the last `ENDING_BYTES` of a record are the digest of all before them."""
+    return bytes(ending) == (_ENDING % body_digest).encode("latin-1")
 
 
 def check_config(config: Any) -> None:
     """`ValueError` unless `config` comes back from a record exactly: JSON types, finite, at most 32 levels deep."""
     try:
         text = json.dumps(config, allow_nan=False).encode("ascii")
-        back = strict_json.parse(text, "config", max_values=_MAX_VALUES)
-        strict_json.check(back, "config", max_depth=MAX_DEPTH - 1, max_int=_MAX_FREE_INT)
+        back = strict_json.parse(text, "config", max_values=limits.RECORD_VALUES)
+        strict_json.check(back, "config", max_depth=limits.RECORD_DEPTH - 1, max_int=limits.CONFIG_INT)
     except (TypeError, ValueError, RecursionError, RecordError, ResourceLimitError) as error:
         raise ValueError(f"config must be plain JSON data: {error}") from error
-    if back != config or len(text) > MAX_RECORD_BYTES // 2:
+    if back != config or len(text) > limits.RECORD_BYTES // 2:
         raise ValueError("config must be plain JSON data: string keys, lists for tuples, at most 32 MiB")
 
 
-def _parse(data: bytes, step_of_key: int | None) -> Record:
-    if len(data) > MAX_RECORD_BYTES:
-        raise ResourceLimitError(f"a record of {len(data)} bytes is above {MAX_RECORD_BYTES}")
-    value = strict_json.parse(data, "the record", max_values=_MAX_VALUES)
-    fields = strict_json.Fields(value, "the record")
-    fields.check_version()
-    strict_json.check(value, "the record", max_depth=MAX_DEPTH, max_int=_MAX_FREE_INT)
-    time = fields.get("time", (int, float))
-    record = Record(
+def _located(key: str, parse: Callable[[], Parsed]) -> Parsed:
+    try:
+        return parse()
+    except CheckpointError as error:
+        raise error.at(key=key) from error.__cause__
+
+
+def _fields(data: bytes) -> strict_json.Fields:
+    """The fields of a record whose digest agrees."""
+    body, ending = memoryview(data)[:-ENDING_BYTES], data[-ENDING_BYTES:]
+    if not is_sealed(hexdigest(body), ending):
+        if not is_sealed(ending[-68:-4].decode("latin-1"), ending):
+            raise RecordError("the record does not end with its digest: it is cut short, or no record")
+        raise DigestMismatchError("the record's bytes differ from their digest")
+    try:
+        if len(data) > limits.RECORD_BYTES:
+            raise ResourceLimitError(f"a record of {len(data)} bytes is above {limits.RECORD_BYTES}")
+        value = strict_json.parse(data, "the record", max_values=limits.RECORD_VALUES)
+        strict_json.check(value, "the record", max_depth=limits.RECORD_DEPTH, max_int=limits.CONFIG_INT)
+    except ResourceLimitError as error:
+        raise newer(str(error)) from error
+    return strict_json.Fields(value, "the record")
+
+
+def newer(reason: str) -> FormatVersionError:
+    """The error for a checkpoint that is sound and beyond this asyncckpt."""
+    return FormatVersionError(f"the checkpoint was written by a newer asyncckpt: {reason}. Upgrade asyncckpt")
+
+
+def _outline(fields: strict_json.Fields, step_of_key: int | None) -> Outline:
+    outline = Outline(
+        format=fields.size("format"),
         step=fields.size("step"),
         attempt=fields.get("attempt", str),
+        folders=fields.rows("folders", keys.check_folder),
+        pinned=fields.get("pinned", bool),
+        requires=fields.rows("requires", _text),
+    )
+    if step_of_key is not None and outline.step != step_of_key:
+        raise RecordError(f"the record says step {outline.step} and its key step {step_of_key}")
+    return outline
+
+
+def _parse(data: bytes, step_of_key: int | None) -> Record:
+    fields = _fields(data)
+    outline = _outline(fields, step_of_key)
+    if outline.newer:
+        raise newer(outline.newer)
+    time = fields.get("time", (int, float))
+    record = Record(
+        step=outline.step,
+        attempt=outline.attempt,
         index=_ref(fields.get("index", dict)),
         states=fields.rows("states", _ref),
-        folders=fields.rows("folders", keys.check_folder),
+        folders=outline.folders,
         time=float(time),
         raw_bytes=fields.size("raw_bytes"),
         stored_bytes=fields.size("stored_bytes"),
         epoch=fields.size("epoch", default=None),
         metrics={name: _finite_or_not(name, number) for name, number in fields.get("metrics", dict).items()},
-        config=value.get("config"),
+        config=fields.value("config"),
         tags=fields.rows("tags", _text),
-        pinned=fields.get("pinned", bool),
+        pinned=outline.pinned,
         versions={name: _text(version) for name, version in fields.get("versions", dict).items()},
         world_size=fields.size("world_size"),
+        lineage=_lineage(fields.get("lineage", str)),
+        requires=outline.requires,
     )
-    if step_of_key is not None and record.step != step_of_key:
-        raise RecordError(f"the record says step {record.step} and its key step {step_of_key}")
     for ref in (record.index, *record.states):
         if ref.key[: ref.key.rindex("/") + 1] not in record.folders:
             raise RecordError("the record names an object outside of its folders")
@@ -127,17 +225,29 @@ def _parse(data: bytes, step_of_key: int | None) -> Record:
 
 
 def _ref_to_json(ref: FileRef) -> dict[str, Any]:
-    return {"key": ref.key, "bytes": ref.bytes, "digest": ref.digest}
+    data: dict[str, Any] = {"key": ref.key, "bytes": ref.bytes, "digest": ref.digest}
+    return data if ref.rank is None else data | {"rank": ref.rank}
 
 
 def _ref(row: Any) -> FileRef:
     fields = strict_json.Fields(row, "an object's entry in the record")
-    ref = FileRef(keys.check_object_key(fields.get("key", str)), fields.size("bytes"), fields.get("digest", str))
+    ref = FileRef(
+        key=keys.check_object_key(fields.get("key", str)),
+        bytes=fields.size("bytes"),
+        digest=fields.get("digest", str),
+        rank=fields.size("rank", default=None),
+    )
     try:
         from_hex(ref.digest)
     except ValueError as error:
         raise RecordError("an object's digest is not 64 hex digits") from error
     return ref
+
+
+def _lineage(value: str) -> str:
+    if not _LINEAGE.fullmatch(value):
+        raise RecordError("the record's lineage is not 8 hex digits")
+    return value
 
 
 def _text(value: Any) -> str:

@@ -46,7 +46,7 @@ def check(value: Any, what: str, *, max_depth: int, max_int: int = MAX_INT) -> A
         elif type(value_here) is list:
             todo += [(child, depth + 1) for child in value_here]
         elif type(value_here) is int and abs(value_here) > max_int:
-            raise RecordError(f"{what} holds an integer beyond {max_int}")
+            raise ResourceLimitError(f"{what} holds an integer beyond {max_int}")
     return value
 
 
@@ -77,6 +77,10 @@ class Fields:
         if type(value) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise RecordError(f"{self._what}: {name!r} has the wrong type {type(value).__name__}")
         return value
+
+    def value(self, name: str) -> Any:
+        """The field, whatever it is; None where there is none."""
+        return self._data.get(name)
 
     def size(self, name: str, *, default: Any = ...) -> Any:
         """A whole number from 0 to 2^53."""

@@ -54,6 +54,14 @@ class Entry:
         return self.key.endswith("/")
 
 
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An object as it was read. `tag`: the store's own name for exactly these bytes (an ETag), empty where it has none."""
+
+    data: bytes
+    tag: str
+
+
 class Upload(ABC):
     """One object sent in parts, in any order and in parallel; it exists only after `complete()`."""
 
@@ -118,6 +126,21 @@ class Store(ABC):
         With `delimiter`, keys with a `/` behind the prefix are folded to one prefix entry each. With `start_after`, only
         entries whose key is greater. A root that was never written lists nothing.
         """
+
+    @abstractmethod
+    def get_version(self, key: str, *, max_bytes: int) -> Version:
+        """As `get`, with what `replace` and `remove` need to know the object again."""
+
+    @abstractmethod
+    def replace(self, key: str, data: Buffers, old: Version) -> None:
+        """Store the buffers over exactly the object that was read as `old`: atomic and durable when it returns.
+
+        `ObjectChangedError` if another stands there by now, `ObjectNotFoundError` if none does.
+        """
+
+    @abstractmethod
+    def remove(self, key: str, old: Version) -> None:
+        """Delete exactly the object that was read as `old`. None at all is no error; another one is an `ObjectChangedError` and stays."""
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from asyncckpt.errors import LocalIOError, ObjectNotFoundError, ResourceLimitError, StoreError
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, byte_views, check_key, is_key
+from asyncckpt.errors import LocalIOError, ObjectChangedError, ObjectNotFoundError, ResourceLimitError, StoreError
+from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version, byte_views, check_key, is_key
 from asyncckpt.store.direct import NewFile, gains
 from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
 
@@ -93,6 +93,26 @@ class LocalStore(Store):
             for entry in self._walk(f"{folder}/" if folder else "", name_prefix, delimiter=delimiter):
                 if entry.key > start_after:
                     yield entry
+
+    def get_version(self, key: str, *, max_bytes: int) -> Version:
+        return Version(self.get(key, max_bytes=max_bytes), "")
+
+    def replace(self, key: str, data: Buffers, old: Version) -> None:
+        self._check_same(key, old)
+        self.put(key, data)
+
+    def remove(self, key: str, old: Version) -> None:
+        with suppress(ObjectNotFoundError):
+            self._check_same(key, old)
+            self.delete([key])
+
+    def _check_same(self, key: str, old: Version) -> None:
+        try:
+            same = self.get(key, max_bytes=len(old.data)) == old.data
+        except ResourceLimitError:
+            same = False
+        if not same:
+            raise ObjectChangedError("another object stands there by now", key=key)
 
     def delete(self, keys: Iterable[str]) -> None:
         folders: dict[Path, str] = {}

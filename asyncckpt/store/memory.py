@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from asyncckpt.errors import (
     CorruptCheckpointError,
+    ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     ResourceLimitError,
     StoreError,
 )
-from asyncckpt.store.base import Buffers, Entry, Store, Upload, byte_views, check_key, is_key
+from asyncckpt.store.base import Buffers, Entry, Store, Upload, Version, byte_views, check_key, is_key
 
 
 class MemoryStore(Store):
@@ -66,11 +67,34 @@ class MemoryStore(Store):
                 start_after = entry.key
                 yield entry
 
+    def get_version(self, key: str, *, max_bytes: int) -> Version:
+        return Version(self.get(key, max_bytes=max_bytes), "")
+
+    def replace(self, key: str, data: Buffers, old: Version) -> None:
+        check_key(key)
+        content = b"".join(byte_views(data))
+        with self._lock:
+            self._check_same(key, old)
+            self._objects[key] = (content, self._clock())
+
+    def remove(self, key: str, old: Version) -> None:
+        check_key(key)
+        with self._lock:
+            if key in self._objects:
+                self._check_same(key, old)
+                del self._objects[key]
+
     def delete(self, keys: Iterable[str]) -> None:
         names = [check_key(key) for key in keys]
         with self._lock:
             for name in names:
                 self._objects.pop(name, None)
+
+    def _check_same(self, key: str, old: Version) -> None:
+        if key not in self._objects:
+            raise ObjectNotFoundError("the object is gone", key=key)
+        if self._objects[key][0] != old.data:
+            raise ObjectChangedError("another object stands there by now", key=key)
 
     def _content(self, key: str) -> bytes:
         check_key(key)

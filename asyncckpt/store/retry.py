@@ -11,7 +11,7 @@ import tenacity
 from asyncckpt.errors import DeadlineExceededError, StoreError, TransientStoreError
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload
+from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version
 
 _LOG = logging.getLogger("asyncckpt")
 _ABORT_DEADLINE_S = 60.0  # an abort cleans up behind a failure that somebody waits to hear of
@@ -91,6 +91,16 @@ class RetryingStore(Store):
         while (line := self._try("list", prefix, following)) is not None:
             start_after = line.key
             yield line
+
+    def get_version(self, key: str, *, max_bytes: int) -> Version:
+        return self._try("get", key, lambda: self._inner.get_version(key, max_bytes=max_bytes))
+
+    def replace(self, key: str, data: Buffers, old: Version) -> None:
+        """As the contract says; but after a lost answer `ObjectChangedError` may be raised against our own put."""
+        self._try("replace", key, lambda: self._inner.replace(key, data, old))
+
+    def remove(self, key: str, old: Version) -> None:
+        self._try("remove", key, lambda: self._inner.remove(key, old))
 
     def delete(self, keys: Iterable[str]) -> None:
         names = tuple(keys)

@@ -11,6 +11,7 @@ from botocore.exceptions import ClientError
 
 from asyncckpt.errors import (
     CorruptCheckpointError,
+    ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     ResourceLimitError,
@@ -19,7 +20,7 @@ from asyncckpt.errors import (
     UnsafeStoreError,
 )
 from asyncckpt.options import S3Options
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, check_key, is_key
+from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version, check_key, is_key
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client
 from asyncckpt.store.s3_errors import code_of, mapped, translated
 
@@ -145,6 +146,29 @@ class S3Store(Store):
             if not page.get("IsTruncated"):
                 return
             params["ContinuationToken"] = page["NextContinuationToken"]
+
+    def get_version(self, key: str, *, max_bytes: int) -> Version:
+        answer = self._ask("get_object", key, Key=self._key(key))
+        with closing(answer["Body"]) as body:
+            stored_bytes = answer["ContentLength"]
+            if stored_bytes > max_bytes:
+                raise ResourceLimitError(f"the object has {stored_bytes} bytes, more than {max_bytes}", key=key)
+            content = bytearray(stored_bytes)
+            self._receive(key, body, memoryview(content))
+        return Version(bytes(content), answer["ETag"])
+
+    def replace(self, key: str, data: Buffers, old: Version) -> None:
+        try:
+            self._send("put_object", key, Key=self._key(key), Body=body_of(data, self._progress), IfMatch=old.tag)
+        except ObjectExistsError as error:
+            raise ObjectChangedError("another object stands there by now", key=key) from error
+
+    def remove(self, key: str, old: Version) -> None:
+        try:
+            with suppress(ObjectNotFoundError):
+                self._ask("delete_object", key, Key=self._key(key), IfMatch=old.tag)
+        except ObjectExistsError as error:
+            raise ObjectChangedError("another object stands there by now", key=key) from error
 
     def delete(self, keys: Iterable[str]) -> None:
         todo = [check_key(key) for key in keys]

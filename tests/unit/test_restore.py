@@ -20,6 +20,7 @@ from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
 from tests.counting import CountingStore
 from tests.faulty import FaultyStore
+from tests.records import change_record
 from tests.writer import tensor_bytes, write_checkpoint
 
 URL = "memory://unused"
@@ -235,13 +236,6 @@ def damage_record(store, step):
     return key, errors.RecordError
 
 
-def damage_version(store, step):
-    key = keys.record_key(step)
-    data = store.get(key, max_bytes=2**20)
-    replace(store, key, data.replace(b'"format": 1', b'"format": 9'))
-    return key, errors.FormatVersionError
-
-
 def damage_record_of_another_step(store, step):
     key = keys.record_key(step)
     replace(store, key, store.get(keys.record_key(10), max_bytes=2**20))
@@ -282,11 +276,8 @@ def damage_swap_shards(store, step):
 
 
 def damage_unsafe_key(store, step):
-    key = keys.record_key(step)
-    data = store.get(key, max_bytes=2**20)
-    index = next(key for key in objects_of(store, step) if "index" in key)
-    replace(store, key, data.replace(index.encode(), b"../" * 5 + b"passwd"))
-    return key, errors.UnsafeCheckpointError
+    change_record(store, step, index={"key": "../" * 5 + "passwd", "bytes": 5, "digest": "0" * 64})
+    return keys.record_key(step), errors.UnsafeCheckpointError
 
 
 DAMAGES = {name.removeprefix("damage_"): found for name, found in dict(globals()).items() if name.startswith("damage_")}
@@ -312,12 +303,22 @@ def test_a_damaged_latest_falls_back_to_the_one_before_with_a_warning(damage):
     with pytest.warns(UserWarning, match="checkpoint 20") as warned:
         outcome = restore_from(store, state, url=URL, hooks=events.Hooks((seen.append,)))
     assert outcome.restored.step == 10
-    assert outcome.damaged == (() if damage is damage_version else (20,))
+    assert outcome.damaged == (20,)
     assert contents(state) == contents(training(10))
     found = [event for event in seen if isinstance(event, events.DamageFound)]
     assert [event.step for event in found] == [20]
     assert isinstance(found[0].error, kind)
     assert type(found[0].error).__name__ in str(warned[0].message)
+
+
+@pytest.mark.parametrize("step", [20, "latest"])
+def test_a_newer_checkpoint_raises_also_as_the_latest_and_touches_nothing(step):
+    store = stored_run(10, 20)
+    change_record(store, 20, format=9, index="elsewhere")
+    state = training(1)
+    with untouched(state), pytest.raises(errors.FormatVersionError, match="newer asyncckpt") as caught:
+        restore(URL, state, step=step, store=store)
+    assert caught.value.step == 20
 
 
 def test_when_all_are_damaged_the_newest_error_is_raised():

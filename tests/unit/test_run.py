@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from asyncckpt import errors
+from asyncckpt.engine.catalog import read_record
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.format import keys
 from asyncckpt.run import Run
@@ -9,6 +10,7 @@ from asyncckpt.store.base import Store
 from asyncckpt.store.memory import MemoryStore
 from tests.counting import CountingStore
 from tests.faulty import FaultyStore
+from tests.records import change_record
 from tests.writer import tensor_bytes, write_checkpoint
 
 CODECS = ["planes", "zstd", "none"]
@@ -266,7 +268,4 @@ def test_a_run_closes_the_store_that_it_opened_and_not_the_users(tmp_path):
 
 def name_folder(store: Store, step: int, folder: str) -> None:
     """Make the record of a step name another folder too, as a later format of deltas will."""
-    key = keys.record_key(step)
-    data = store.get(key, max_bytes=2**20)
-    store.delete([key])
-    store.put(key, [data.replace(b'"folders": [', b'"folders": ["' + folder.encode() + b'",')])
+    change_record(store, step, folders=[folder, *read_record(store, step).folders])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from asyncckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
+    FormatVersionError,
     RecordError,
     ResourceLimitError,
     UnsafeCheckpointError,
@@ -146,7 +147,7 @@ def test_a_shard_outside_of_the_checkpoints_is_refused(key):
 
 
 def test_an_unknown_version_is_refused_and_says_to_upgrade():
-    with pytest.raises(RecordError, match="upgrade"):
+    with pytest.raises(FormatVersionError, match="upgrade"):
         parse(changed(("format",), 2))
 
 

@@ -8,10 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt.errors import CheckpointError, RecordError, ResourceLimitError, UnsafeCheckpointError
-from asyncckpt.format import record as records
+from asyncckpt.errors import (
+    CheckpointError,
+    DigestMismatchError,
+    FormatVersionError,
+    RecordError,
+    UnsafeCheckpointError,
+)
+from asyncckpt.format import limits
 from asyncckpt.format.digest import hexdigest
-from asyncckpt.format.record import FileRef, Record, check_config
+from asyncckpt.format.record import ENDING_BYTES, FileRef, Outline, Record, check_config, sealed
 
 KEY = "step-0000001000.json"
 FOLDER = "step-0000001000/0a1b2c3d-4/"
@@ -26,17 +32,73 @@ RECORD = Record(
     pinned=True,
     versions={"torch": "2.13"},
     world_size=8,
+    lineage="00c0ffee",
     raw_bytes=10**12,
     stored_bytes=8 * 10**11,
     index=FileRef(FOLDER + "index.json.zst", 500, hexdigest(b"index")),
     states=(FileRef(FOLDER + "state.pt", 700, hexdigest(b"state")),),
     folders=(FOLDER, "step-0000000900/0a1b2c3d-3/"),
 )
-GOOD = json.loads(RECORD.to_json())
+GOOD = {name: value for name, value in json.loads(RECORD.to_json()).items() if name != "digest"}
+
+
+def seal(data) -> bytes:
+    """A record that says what `data` says, with the right digest."""
+    return sealed(
+        (data if isinstance(data, bytes) else json.dumps(data, indent=1).encode()).removesuffix(b"\n}") + b"\n}"
+    )
 
 
 def parse(data, key=KEY) -> Record:
-    return Record.parse(data if isinstance(data, bytes) else json.dumps(data).encode(), key)
+    return Record.parse(seal(data), key)
+
+
+def test_every_flipped_bit_is_damage_and_never_a_newer_format():
+    data = RECORD.to_json()
+    for at in range(len(data)):
+        for bit in range(8):
+            flipped = data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+            with pytest.raises((DigestMismatchError, RecordError)):
+                Record.parse(flipped, KEY)
+
+
+def test_every_truncation_and_every_appended_byte_is_damage():
+    data = RECORD.to_json()
+    for end in range(len(data)):
+        with pytest.raises((DigestMismatchError, RecordError)):
+            Record.parse(data[:end], KEY)
+    with pytest.raises(RecordError):
+        Record.parse(data + b" ", KEY)
+
+
+def test_the_digest_can_be_checked_by_hand():
+    data = RECORD.to_json()
+    assert data[-82:] == b',\n "digest": "%s"\n}\n' % hexdigest(data[:-82]).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"format": 2, "index": 5, "states": None, "metrics": "other"}, "format 2"),
+        ({"requires": ["delta"]}, "'delta'"),
+        ({"config": {"seed": 2**70}}, "integer"),
+        ({"tags": ["x"] * 2_000_001}, "values"),
+    ],
+)
+def test_what_is_unknown_or_beyond_a_limit_is_newer_and_says_to_upgrade(change, reason):
+    with pytest.raises(FormatVersionError, match=reason) as caught:
+        parse(GOOD | change)
+    assert "Upgrade" in str(caught.value)
+    assert caught.value.key == KEY
+
+
+def test_a_newer_record_still_tells_what_retention_must_leave_alone():
+    newer = seal(GOOD | {"format": 7, "requires": ["delta"], "index": "elsewhere", "states": 5})
+    outline = Outline.parse(newer, KEY)
+    assert (outline.step, outline.attempt, outline.folders) == (1000, RECORD.attempt, RECORD.folders)
+    assert (outline.pinned, outline.newer != "") == (True, True)
+    assert Outline.parse(RECORD.to_json(), KEY).newer == ""
 
 
 def test_a_record_comes_back():
@@ -58,12 +120,6 @@ def test_unknown_fields_are_ignored():
     assert parse(GOOD | {"later": {"a": 1}}) == RECORD
 
 
-def test_an_unknown_version_is_refused_and_says_to_upgrade():
-    with pytest.raises(RecordError, match="upgrade") as caught:
-        parse(GOOD | {"format": 2})
-    assert caught.value.key == KEY
-
-
 @pytest.mark.parametrize("field", [name for name in GOOD if name not in ("config", "epoch")])
 def test_a_missing_field_is_refused_and_named(field):
     with pytest.raises(RecordError, match=field):
@@ -73,7 +129,7 @@ def test_a_missing_field_is_refused_and_named(field):
 @pytest.mark.parametrize("value", [-1, 2**53 + 1, 2**63, 10**30, 1.0, True, "1", [], {}])
 @pytest.mark.parametrize("field", ["step", "epoch", "world_size", "raw_bytes", "stored_bytes", "format"])
 def test_a_number_that_cannot_be_is_refused(field, value):
-    with pytest.raises(RecordError):
+    with pytest.raises((RecordError, FormatVersionError)):
         parse(GOOD | {field: value})
 
 
@@ -102,7 +158,11 @@ def test_a_number_that_cannot_be_is_refused(field, value):
         {"states": [GOOD["index"] | {"bytes": 2**63}]},
         {"folders": []},
         {"folders": ["step-0000000900/0a1b2c3d-3/"]},
-        {"config": {"seed": 2**70}},
+        {"lineage": ""},
+        {"lineage": "0A1B2C3D"},
+        {"requires": "delta"},
+        {"requires": [1]},
+        {"states": [GOOD["states"][0] | {"rank": -1}]},
     ],
 )
 def test_a_contradiction_is_refused(change):
@@ -128,38 +188,38 @@ def test_a_key_outside_of_the_checkpoints_is_refused(key):
 @pytest.mark.parametrize(
     "text",
     [
-        b"",
         b"null",
         b"[1]",
         b"\xff\xfe",
         b"{",
-        b'{"step": 1, "step": 1}',
+        b'{"step": 1, "step": 1',
         RECORD.to_json().replace(b"2.5", b"NaN"),
         RECORD.to_json().replace(b"2.5", b"-Infinity"),
         RECORD.to_json().replace(b"2.5", b"1e999"),
         RECORD.to_json().replace(b"2.5", b"9" * 5000),
-        RECORD.to_json() + b"{}",
     ],
 )
 def test_what_is_no_strict_json_is_refused(text):
     with pytest.raises(RecordError):
-        parse(text)
+        parse(text.removesuffix(text[-ENDING_BYTES:]) if text.endswith(b'"\n}\n') else text)
+    with pytest.raises((RecordError, DigestMismatchError)):
+        Record.parse(text, KEY)
 
 
-def test_deep_nesting_is_refused():
+def test_what_is_nested_deeper_than_the_limit_is_newer():
     deep: object = 1
     for _ in range(40):
         deep = [deep]
-    for text in (json.dumps(GOOD | {"config": deep}).encode(), b"[" * 200_000, b'{"a":' * 200_000):
-        with pytest.raises(ResourceLimitError, match="deep"):
+    for text in (GOOD | {"config": deep}, b"[" * 200_000, b'{"a":' * 200_000):
+        with pytest.raises(FormatVersionError, match="deep"):
             parse(text)
 
 
-def test_size_and_number_of_values_are_limited(monkeypatch):
-    with pytest.raises(ResourceLimitError, match="values"):
+def test_what_is_larger_than_the_limit_is_newer(monkeypatch):
+    with pytest.raises(FormatVersionError, match="values"):
         parse(b"[" + b"[]," * 3_000_000 + b"[]]")
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
-    with pytest.raises(ResourceLimitError, match="above 1000"):
+    monkeypatch.setattr(limits, "RECORD_BYTES", 1000)
+    with pytest.raises(FormatVersionError, match="above 1000"):
         parse(GOOD | {"tags": ["x" * 1000]})
 
 
