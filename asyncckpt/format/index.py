@@ -1,8 +1,8 @@
 """The index: where every tensor's bytes are. Written once per checkpoint, held against its digest, then trusted no further."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,10 @@ MAX_TREE_DEPTH = 256
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Everything a reader needs to find bytes. `tensors` and `aliases` go by full path; an alias names its tensor's path."""
+    """Everything a reader needs to find bytes. `tensors` and `aliases` go by full path; an alias names its tensor's path.
+
+    `parameters`: path of an optimizer to the path of the parameter at each of its positions, or None where the state does not hold it.
+    """
 
     codec: StoredCodec
     groups: tuple[Group, ...]
@@ -38,6 +41,7 @@ class Index:
     aliases: dict[str, str]
     shards: tuple[IndexedShard, ...]
     tree: Any
+    parameters: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
     @property
     def raw_bytes(self) -> int:
@@ -68,7 +72,8 @@ class Index:
         if len(tensors) != len(rows) or len(aliases) != len(fields.get("aliases", list)) or tensors.keys() & aliases:
             raise RecordError("the index names a tensor twice")
         tree = strict_json.check(fields.get("tree", (dict, str)), "the index's tree", max_depth=MAX_TREE_DEPTH)
-        return cls(codec=codec, groups=groups, tensors=tensors, aliases=aliases, shards=shards, tree=tree)
+        parameters = {path: _positions(names) for path, names in fields.get("parameters", dict, default={}).items()}
+        return cls(codec, groups, tensors, aliases, shards, tree, parameters)
 
 
 def blocks_of(index: Index, tensor: IndexedTensor, chunk: IndexedChunk) -> list[StoredBlock]:
@@ -102,6 +107,12 @@ def _group(row: Any) -> Group:
         return Group(None if key is None else keys.unescape(key), slug)
     except ValueError as error:
         raise RecordError("the index names a group that no key escapes to") from error
+
+
+def _positions(names: Any) -> tuple[str | None, ...]:
+    if type(names) is not list or not all(name is None or type(name) is str for name in names):
+        raise RecordError("the parameters of an optimizer are a list of paths")
+    return tuple(names)
 
 
 def _shard(data: Any, codec: str) -> IndexedShard:

@@ -58,7 +58,14 @@ class IndexBuilder:
             {"key": None if group.key is None else keys.escape(group.key), "slug": group.slug}
             for group in structure.groups
         ]
-        head = {"format": strict_json.FORMAT, "codec": self.plan.codec, "groups": groups, "aliases": structure.aliases}
+        head: dict[str, Any] = {
+            "format": strict_json.FORMAT,
+            "codec": self.plan.codec,
+            "groups": groups,
+            "aliases": structure.aliases,
+        }
+        if structure.parameters:
+            head["parameters"] = {path: list(names) for path, names in structure.parameters.items()}
         return _dumps(head | {"tree": structure.tree})
 
     @cached_property

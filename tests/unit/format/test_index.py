@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,7 @@ from asyncckpt.format import keys
 from asyncckpt.format.index import Index, blocks_of
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import plan
+from asyncckpt.format.structure import Structure
 from tests.unit.format.checkpoints import FOLDER, Receipt, index_json, load, store, structure_of
 
 STORED = store(
@@ -149,6 +151,18 @@ def test_a_shard_outside_of_the_checkpoints_is_refused(key):
 def test_an_unknown_version_is_refused_and_says_to_upgrade():
     with pytest.raises(FormatVersionError, match="upgrade"):
         parse(changed(("format",), 2))
+
+
+def test_the_names_of_an_optimizers_parameters_come_back():
+    names = {"optimizer": ("m/w", None), "other": ()}
+    structure = replace(structure_of({"m": {"w": ("float32", (3,))}}), parameters=names)
+    assert Structure.from_json(json.loads(json.dumps(structure.to_json()))).parameters == names
+    stored = store(structure)
+    assert stored.parsed.parameters == names
+    assert "parameters" not in index_json(store(structure_of({"m": {"w": ("float32", (3,))}})))
+    for wrong in ([], {"optimizer": "m/w"}, {"optimizer": [0]}):
+        with pytest.raises(RecordError):
+            parse({**index_json(stored), "parameters": wrong})
 
 
 def test_unknown_fields_are_ignored():
