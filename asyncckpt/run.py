@@ -97,7 +97,7 @@ class Checkpoint:
         index = self._index
         with reading(self._store, self.step):
             read_values_of(self._store, self.record)
-            verify_objects(self._store, index)
+            verify_objects(self._store, index, keys.folder(self.step, self.record.attempt))
 
     def export(
         self,

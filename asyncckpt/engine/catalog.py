@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from asyncckpt import errors
 from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import digest
-from asyncckpt.format.frames import decompress
-from asyncckpt.format.index import MAX_INDEX_BYTES, Index
+from asyncckpt.format.index import Index
 from asyncckpt.format.record import FileRef, Record
 from asyncckpt.store.base import Store
 
@@ -81,9 +80,9 @@ def read_checkpoint(store: Store, step: int) -> tuple[Record, Index]:
 
 def read_index(store: Store, record: Record) -> Index:
     """The index of a checkpoint, verified against its record."""
-    data = _read_file(store, record.index, record, MAX_INDEX_BYTES)
+    data = _read_file(store, record.index, record, limits.INDEX_BYTES)
     try:
-        return Index.parse(decompress(data, MAX_INDEX_BYTES))
+        return Index.unpack(data)
     except errors.CheckpointError as error:
         error.at(step=record.step, key=record.index.key, attempt=record.attempt)
         raise
