@@ -68,11 +68,19 @@ class Arrival:
     newest checkpoint's lineage instead of asking whose it is.
     """
 
-    def __init__(self, root: Root, open_store: Callable[[], AbstractContextManager[Store]], *, adopt: bool) -> None:
+    def __init__(
+        self,
+        root: Root,
+        open_store: Callable[[], AbstractContextManager[Store]],
+        *,
+        adopt: bool,
+        wait_s: float = FIRST_CONTACT_S,
+    ) -> None:
         self.lineage = secrets.token_hex(4)
         self._root = root
         self._open_store = open_store
         self._adopt = adopt
+        self._wait_s = wait_s
         self._settled = False
         self._waited = False
         self._thread: threading.Thread | None = None
@@ -108,7 +116,7 @@ class Arrival:
         """
         if self._settled or self._thread is None:
             return
-        self._thread.join(0 if self._waited else FIRST_CONTACT_S)
+        self._thread.join(0 if self._waited else self._wait_s)
         self._waited = True
         conflict, self._conflict = self._conflict, None
         if conflict is not None:
@@ -126,7 +134,7 @@ class Arrival:
     def close(self) -> None:
         """Wait until nothing looks any more."""
         if self._thread is not None:
-            self._thread.join(FIRST_CONTACT_S)
+            self._thread.join(self._wait_s)
 
     def _look(self, step: int) -> None:
         try:

@@ -10,19 +10,18 @@ def admit(store: Store, step: int) -> None:
     above = next(newest_first(store, above=step), None)
     if above is None:
         return
+    below = next((found.step for found in newest_first(store) if found.step <= step), None)
+    rewind = (
+        f"take it away with Run(url).rewind({below})"
+        if below is not None
+        else "empty the folder (there is no step below to rewind to)"
+    )
     raise errors.CheckpointConflictError(
-        f"this folder holds checkpoints of another run, up to step {above.step}, and this process restored none of them: `latest` would "
-        "go on being the other run's. Restore first (saver.restore(state)); or take what is above away with "
-        f"Run(url).rewind({_below(store, step)}); or save to another folder. Saver(adopt=True) goes on with the other run's checkpoints "
-        "as if they were its own",
+        f"this folder holds a checkpoint of another run at step {above.step}, and this process restored none from it: `latest` would go on "
+        f"being the other run's. Restore first (saver.restore(state)); or {rewind}; or save to another folder. "
+        "Saver(adopt=True) goes on with the other run's checkpoints as if they were its own",
         step=step,
     )
-
-
-def _below(store: Store, step: int) -> str:
-    """The step to rewind to."""
-    found = next((standing.step for standing in newest_first(store) if standing.step <= step), None)
-    return "step" if found is None else str(found)
 
 
 def newest_lineage(store: Store) -> str | None:
