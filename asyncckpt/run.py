@@ -14,6 +14,7 @@ from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record
 from asyncckpt.engine.resolve import reading
 from asyncckpt.engine.verify import verify_objects
 from asyncckpt.export import Config, Names, export_huggingface, export_safetensors
+from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.lineage import Root, note, root_of
