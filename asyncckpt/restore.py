@@ -37,12 +37,18 @@ SILENT = events.Hooks()
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was restored. `step`: optimizer steps completed."""
+    """What was restored. `step`: optimizer steps completed.
+
+    What `strict=False` left alone, as paths: `missing` in the checkpoint, `unexpected` in it, and `reshaped`: there with another shape.
+    """
 
     step: int
     epoch: int | None
     metrics: Mapping[str, float]
     config: Any
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +142,13 @@ def restore_from(
     def read(number: int) -> Restored:
         record = read_record(store, number)
         index = read_index(store, record)
-        wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
+        values, names = read_values_of(store, record), (index.parameters, index.aliases)
+        wanted = plan_restore(
+            state, index.tree, _specs(index), values, strict=strict, parameters=names[0], aliases=names[1]
+        )
         bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
-        return Restored(record.step, record.epoch, record.metrics, record.config)
+        skipped = (wanted.missing, wanted.unexpected, wanted.reshaped)
+        return Restored(record.step, record.epoch, record.metrics, record.config, *skipped)
 
     with seldom():
         found = first_good(store, step, hooks, read)

@@ -100,7 +100,7 @@ def _positions(walk: Walk, addresses: Integers) -> Positions:
         return ()
     leaves = walk.leaves
     known = dict(zip(map(id, reversed(leaves)), range(len(leaves) - 1, -1, -1), strict=True))  # the first of each
-    strangers = {p.data_ptr() for p in walk.parameters() if id(p) not in known and _has_address(p)} - {0}
+    strangers = {p.data_ptr() for p in walk.parameters() if id(p) not in known and has_address(p)}
     views: dict[Any, int] = {}
     if strangers:
         for at, address in enumerate(addresses.tolist()):
@@ -109,7 +109,7 @@ def _positions(walk: Walk, addresses: Integers) -> Positions:
 
     def leaf(parameter: torch.Tensor) -> int | None:
         at = known.get(id(parameter))
-        return views.get(view_of(parameter)) if at is None and views and _has_address(parameter) else at
+        return views.get(view_of(parameter)) if at is None and views and has_address(parameter) else at
 
     return tuple(
         tuple(leaf(parameter) for group in optimizer.param_groups for parameter in group["params"])
@@ -117,8 +117,9 @@ def _positions(walk: Walk, addresses: Integers) -> Positions:
     )
 
 
-def _has_address(parameter: torch.Tensor) -> bool:
-    return type(parameter) in PLAIN_KINDS and parameter.layout is torch.strided
+def has_address(parameter: torch.Tensor) -> bool:
+    """Has it memory that `view_of` tells from others'?"""
+    return type(parameter) in PLAIN_KINDS and parameter.layout is torch.strided and parameter.data_ptr() != 0
 
 
 def _ties(leaves: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
