@@ -38,12 +38,18 @@ SILENT = events.Hooks()
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was restored. `step`: optimizer steps completed."""
+    """What was restored. `step`: optimizer steps completed.
+
+    What `strict=False` left alone, as paths: `missing` in the checkpoint, `unexpected` in it, and `reshaped`: there with another shape.
+    """
 
     step: int
     epoch: int | None
     metrics: Mapping[str, float]
     config: Any
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +152,20 @@ def restore_from(
     def read(number: int) -> Restored:
         record = read_record(store, number)
         index = read_index(store, record)
-        wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
+        wanted = plan_restore(
+            state,
+            index.tree,
+            _specs(index),
+            read_values_of(store, record),
+            strict=strict,
+            parameters=index.parameters,
+            aliases=index.aliases,
+        )
         bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
         if root is not None:
             note(root, record.lineage, restored=True)
-        return Restored(record.step, record.epoch, record.metrics, record.config)
+        skipped = (wanted.missing, wanted.unexpected, wanted.reshaped)
+        return Restored(record.step, record.epoch, record.metrics, record.config, *skipped)
 
     with seldom():
         found = first_good(store, step, hooks, read)

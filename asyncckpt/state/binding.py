@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncckpt.state.dtypes import complaint
+from asyncckpt.state.dtypes import PLAIN_KINDS, complaint
 from asyncckpt.state.sight import Integers
 from asyncckpt.state.walk import Walk
 
 _FEW = 256
+Positions = tuple[tuple[int | None, ...], ...]
+"""For each optimizer and each of its parameters, over all groups: the leaf that is this parameter."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,7 @@ class Binding:
     resolved: tuple[int, ...]  # leaves with a conj or neg bit
     flags: list[bool]  # overlappable, per leaf
     overlappable: tuple[bool, ...]  # per stored tensor
+    positions: Positions
 
     def holds(self, leaves: list[torch.Tensor], owned: list[int], moved: list[slice], addresses: Integers) -> bool:
         """Still true for these leaves, of which all outside of `moved` are where and what they were?
@@ -38,7 +41,7 @@ class Binding:
         """
         if owned != self.owned:
             return False
-        if any(_view(leaves[a]) != _view(leaves[b]) for a, b in self.ties if leaves[a] is not leaves[b]):
+        if any(view_of(leaves[a]) != view_of(leaves[b]) for a, b in self.ties if leaves[a] is not leaves[b]):
             return False
         new: list[int] = []
         for where in moved:
@@ -62,8 +65,8 @@ class Binding:
         return True
 
 
-def bind(walk: Walk, owned: list[int]) -> Binding:
-    """Look at all tensors of a walk, which were found storable. `owned`: ids of the optimizers' parameters."""
+def bind(walk: Walk, owned: list[int], addresses: Integers) -> Binding:
+    """Look at all tensors of a walk, which were found storable. `owned`: ids of the optimizers' parameters; `addresses` of the leaves."""
     leaves = walk.leaves
     resolved = tuple(at for at, leaf in enumerate(leaves) if leaf.is_conj() or leaf.is_neg())
     ties = _ties(leaves)
@@ -87,7 +90,36 @@ def bind(walk: Walk, owned: list[int]) -> Binding:
         resolved=resolved,
         flags=flags,
         overlappable=tuple(compress(flags, stored)),
+        positions=_positions(walk, addresses),
     )
+
+
+def _positions(walk: Walk, addresses: Integers) -> Positions:
+    """By identity; `model.state_dict()` gives other objects of the same memory."""
+    if not walk.optimizers:
+        return ()
+    leaves = walk.leaves
+    known = dict(zip(map(id, reversed(leaves)), range(len(leaves) - 1, -1, -1), strict=True))  # the first of each
+    strangers = {p.data_ptr() for p in walk.parameters() if id(p) not in known and has_address(p)}
+    views: dict[Any, int] = {}
+    if strangers:
+        for at, address in enumerate(addresses.tolist()):
+            if address in strangers:
+                views.setdefault(view_of(leaves[at]), at)
+
+    def leaf(parameter: torch.Tensor) -> int | None:
+        at = known.get(id(parameter))
+        return views.get(view_of(parameter)) if at is None and views and has_address(parameter) else at
+
+    return tuple(
+        tuple(leaf(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        for optimizer in walk.optimizers
+    )
+
+
+def has_address(parameter: torch.Tensor) -> bool:
+    """Has it memory that `view_of` tells from others'?"""
+    return type(parameter) in PLAIN_KINDS and parameter.layout is torch.strided and parameter.data_ptr() != 0
 
 
 def _ties(leaves: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
@@ -99,14 +131,14 @@ def _ties(leaves: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
         place = leaf.data_ptr() or -id(leaf)
         before = first.setdefault(place, at)
         if before != at:
-            full.setdefault(_view(leaves[before]), before)
-            same = full.setdefault(_view(leaf), at)
+            full.setdefault(view_of(leaves[before]), before)
+            same = full.setdefault(view_of(leaf), at)
             if same != at:
                 ties.append((at, same))
     return tuple(ties)
 
 
-def _view(leaf: torch.Tensor) -> tuple[Any, ...]:
+def view_of(leaf: torch.Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are tied: the same memory, seen the same way."""
     bits = (leaf.is_conj(), leaf.is_neg())
     return (leaf.device, leaf.data_ptr() or id(leaf), leaf.dtype, leaf.shape, leaf.stride(), bits)

@@ -1,21 +1,23 @@
 """A state beside a checkpoint's tree: what differs, which tensors are needed, and what to do with them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from asyncckpt.errors import CorruptCheckpointError, StateMismatchError, UnsupportedObjectError
 from asyncckpt.format import keys
+from asyncckpt.state.binding import has_address, view_of
 from asyncckpt.state.capture import is_stateful, unwrap
 from asyncckpt.state.copying import Getter, copy_exact, private
 from asyncckpt.state.dtypes import dtype_name
 from asyncckpt.state.homes import Homes, Spec
+from asyncckpt.state.kinds import complaints, group_complaint
 from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
-from asyncckpt.state.rng import RNG
 from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
 from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES
 
@@ -25,21 +27,86 @@ Place = Callable[[Getter], Any]
 _SHOWN = 20
 
 
+class Named:
+    """Live tensors by their paths in the state: by identity, else by the memory that they show (`model.state_dict()` makes new objects)."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, list[str]] = {}
+        self._tensors: list[tuple[str, torch.Tensor]] = []
+        self._by_view: dict[Any, list[str]] | None = None
+
+    def add(self, path: str, tensor: torch.Tensor) -> None:
+        """One more path of a tensor."""
+        self._by_id.setdefault(id(tensor), []).append(path)
+        self._tensors.append((path, tensor))  # alive, or its id could be another's
+
+    def paths(self, tensor: torch.Tensor) -> list[str]:
+        """Where it stands; empty if nowhere."""
+        if found := self._by_id.get(id(tensor)):
+            return found
+        if not has_address(tensor):
+            return []
+        if self._by_view is None:
+            self._by_view = {}
+            for path, one in self._tensors:
+                if has_address(one):
+                    self._by_view.setdefault(view_of(one), []).append(path)
+        return self._by_view.get(view_of(tensor), [])
+
+
 class Matching:
     """Walks the state beside the checkpoint's tree; collects problems, the tensors needed and what to do."""
 
-    def __init__(self, specs: Mapping[str, Spec], values: Mapping[str, Any], *, strict: bool) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, Spec],
+        values: Mapping[str, Any],
+        *,
+        strict: bool,
+        parameters: Mapping[str, Sequence[str | None]],
+        aliases: Mapping[str, str],
+    ) -> None:
         self.specs, self.values, self.strict = specs, values, strict
+        self.parameters = parameters
+        """Path of an optimizer in the checkpoint to the path of the parameter at each of its positions."""
         self.problems: list[str] = []
+        self.absent: list[str] = []
+        """Paths that only the state has, those that only the checkpoint has, and those with two shapes: skipped if not `strict`."""
+        self.surplus: list[str] = []
+        self.reshaped: list[str] = []
+        self.found = 0
+        """How much both sides have."""
+        self._aliases = aliases
+        self._named = Named()
+        self._optimizers: list[Callable[[], None]] = []
+        self._schedulers: list[tuple[LRScheduler, Any, str]] = []
+        self.regrouped: set[int] = set()
+        """Ids of optimizers whose parameter groups are not those of the checkpoint, in its order."""
         self.paths: dict[str, None] = {}
         self.targets: list[tuple[torch.Tensor, str]] = []
         self.homes = Homes(specs)
         self.device: torch.device | None = None
         """A CUDA device that values will be copied to."""
 
-    def report(self) -> None:
-        """Raise if anything differs."""
+    def finish(self) -> None:
+        """Optimizers are compared last, when the names of their parameters are known. Raises if anything differs."""
+        for compare in self._optimizers:
+            compare()
+        for thing, node, path in self._schedulers:
+            if id(thing.optimizer) in self.regrouped and (problem := group_complaint(thing, node, path, self.values)):
+                self.problems.append(f"{path}: {problem}")
+        self._report()
+
+    def _report(self) -> None:
         if not self.problems:
+            skipped = [f"{path} is missing in the checkpoint" for path in self.absent]
+            skipped += [f"{path} is missing in the state" for path in self.surplus]
+            skipped += [f"{path} has another shape" for path in self.reshaped]
+            if skipped and not self.found:
+                raise StateMismatchError(
+                    "the state and the checkpoint have nothing in common, so strict=False would load nothing:"
+                    + "".join(f"\n  {one}" for one in skipped[:_SHOWN])
+                )
             return
         shown = "".join(f"\n  {problem}" for problem in self.problems[:_SHOWN])
         more = f"\n  and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
@@ -60,11 +127,27 @@ class Matching:
         """A name that only the state has."""
         if self.strict:
             self.problems.append(f"{path}: {why}")
+        else:
+            self.absent.append(path)
 
-    def unexpected(self, path: str) -> None:
+    def unexpected(self, path: str, why: str = "the state has no such name") -> None:
         """A name that only the checkpoint has."""
         if self.strict:
-            self.problems.append(f"{path}: unexpected, the state has no such name")
+            self.problems.append(f"{path}: unexpected, {why}")
+        else:
+            self.surplus.append(path)
+
+    def live(self, path: str, tensor: torch.Tensor) -> None:
+        """This tensor stands at this path of the state."""
+        self._named.add(path, tensor)
+
+    def names_of(self, parameter: torch.Tensor) -> list[str]:
+        """Where a parameter stands in the state, by the checkpoint's names; tied ones stand at several paths that may be one there."""
+        return [self.real_path(path) for path in self._named.paths(parameter)]
+
+    def real_path(self, path: str) -> str:
+        """Of an alias in the checkpoint; any other path is its own."""
+        return self._aliases.get(path, path)
 
     def need(self, node: Any, path: str) -> None:
         """All tensors below will be asked for."""
@@ -89,20 +172,22 @@ class Matching:
             self.problems.append(f"{path}: a tensor in the state, {_kind(node)} in the checkpoint")
             return False
         stored_dtype, stored_shape = self.spec(path)
-        if tuple(stored_shape) != tuple(shape):
+        if stored_dtype == dtype and tuple(stored_shape) != tuple(shape) and not self.strict:
+            self.reshaped.append(path)
+        elif tuple(stored_shape) != tuple(shape):
             self.problems.append(f"{path}: shape {tuple(shape)} in the state, {tuple(stored_shape)} in the checkpoint")
         elif stored_dtype != dtype:
             self.problems.append(f"{path}: dtype {dtype} in the state, {stored_dtype} in the checkpoint")
         else:
             self.paths[path] = None
+            self.found += 1
             return True
         return False
 
     def place(self, target: Any, node: Any, path: str) -> Place:
         """What restores `target` from `node`."""
         if isinstance(target, torch.Tensor):
-            self.homes.offer(path, target)
-            return self.tensor(target, node, path)
+            return self._tensor(target, node, path)
         if isinstance(target, np.ndarray):
             return self._array(target, node, path)
         if is_stateful(target):
@@ -118,8 +203,20 @@ class Matching:
             self.problems.append(f"{path}: nothing can be loaded into a {type(target).__qualname__}")
         return self._value(target, node, path)
 
-    def tensor(self, target: torch.Tensor, node: Any, path: str) -> Place:
-        """What restores a tensor in place."""
+    def _tensor(self, target: torch.Tensor, node: Any, path: str) -> Place:
+        self.live(path, target)
+        if not self.tensor(target, node, path):
+            return lambda _: target
+        self.homes.offer(path, target)
+
+        def restore(get: Getter) -> Any:
+            copy_exact(target, get(path))
+            return target
+
+        return restore
+
+    def tensor(self, target: torch.Tensor, node: Any, path: str) -> bool:
+        """Can this tensor be restored in place? Then its value will be asked for."""
         if nn.parameter.is_lazy(target):
             self.problems.append(f"{path}: a lazy parameter without a shape; run one forward pass before restoring")
         elif target.is_meta:
@@ -129,15 +226,12 @@ class Matching:
         elif self.compare(node, path, dtype_name(target.dtype), target.shape):
             self.targets.append((target, path))
             self.goes_to(target.device)
-
-        def restore(get: Getter) -> Any:
-            copy_exact(target, get(path))
-            return target
-
-        return restore
+            return True
+        return False
 
     def _array(self, target: np.ndarray[Any, Any], node: Any, path: str) -> Place:
-        self.compare(node, path, target.dtype.name, target.shape)
+        if not self.compare(node, path, target.dtype.name, target.shape):
+            return lambda _: target
         if not target.flags.writeable:
             self.problems.append(f"{path}: the array is read-only; pass a writable one")
 
@@ -152,11 +246,17 @@ class Matching:
         if isinstance(thing, nn.Module):
             load = ModuleLoad(thing, node, path, self)
         elif isinstance(thing, torch.optim.Optimizer) and is_optimizer_node(node):
-            load = OptimizerLoad(thing, node, path, self)
+            made: list[OptimizerLoad] = []
+            self._optimizers.append(lambda: made.append(OptimizerLoad(thing, node, path, self)))
+
+            def load(get: Getter) -> None:
+                made[0](get)
         else:
             self.need(node, path)
-            if isinstance(thing, RNG):
-                self.problems += (f"{path}: {problem}" for problem in thing.complaints(len(_inner(node, "cuda"))))
+            self.found += 1
+            self.problems += (f"{path}: {problem}" for problem in complaints(thing, node, path))
+            if isinstance(thing, LRScheduler):
+                self._schedulers.append((thing, node, path))
             values = self.values
 
             def load(get: Getter) -> None:
@@ -222,6 +322,7 @@ class Matching:
     def _value(self, target: Any, node: Any, path: str) -> Place:
         """Nothing to load into: the value takes the target's place; a list or set stays the same object."""
         self.need(node, path)
+        self.found += 1
         value = None if leaves(node, path) else unflatten(node, _no_tensor, self.values, path)
         values = self.values
 
@@ -245,14 +346,6 @@ def _no_tensor(path: str) -> torch.Tensor:
 
 def _kind(node: Any) -> str:
     return next(iter(node), "nothing") if isinstance(node, dict) else str(node)
-
-
-def _inner(node: Any, name: str) -> list[Any]:
-    """Entries of the list `name` in a dict node; empty if there is none."""
-    try:
-        return list(node["dict"][name]["list"])
-    except (KeyError, TypeError):
-        return []
 
 
 def _holds(target: Any) -> bool:

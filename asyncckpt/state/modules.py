@@ -27,6 +27,7 @@ class ModuleLoad:
         self._own: list[tuple[torch.Tensor, str]] = []  # expanded tensors, which copy_ refuses
         self._tensors: list[tuple[str, str]] = []  # key of the module's own state dict, path
         self._others: list[tuple[str, Any, str]] = []  # extra state
+        self._lacking: list[tuple[str, Any]] = []  # what the checkpoint lacks, or has in another shape, and what stays
         state = state_dict(module)
         self._metadata = getattr(state, "_metadata", None)
         entries = entries_of(node, path)
@@ -36,22 +37,34 @@ class ModuleLoad:
         names = {keys.escape(clean): raw for raw, clean in clean_names(module, state).items()}
         live = {} if _may_keep(module) or torch.__future__.get_swap_module_params_on_conversion() else _live(module)
         for name, raw in names.items():
-            if name not in entries:
-                match.missing(f"{path}/{name}")
-            elif isinstance(state[raw], torch.Tensor) and not raw.endswith(_EXTRA_STATE):
-                match.tensor(state[raw], entries[name], f"{path}/{name}")
-                if raw in live:
-                    match.homes.offer(f"{path}/{name}", live[raw])
-                if overlaps(state[raw]):
-                    self._own.append((state[raw], f"{path}/{name}"))
-                else:
-                    self._tensors.append((raw, f"{path}/{name}"))
-            else:
-                match.need(entries[name], f"{path}/{name}")
-                self._others.append((raw, entries[name], f"{path}/{name}"))
+            in_place = self._compare(raw, state[raw], entries.get(name), f"{path}/{name}", match)
+            if in_place and raw in live:
+                match.homes.offer(f"{path}/{name}", live[raw])
         for name in entries:
             if name not in names:
                 match.unexpected(f"{path}/{name}")
+
+    def _compare(self, raw: str, value: Any, node: Any, path: str, match: "Matching") -> bool:
+        """One name of the module's state dict, None where the checkpoint lacks it. Will a tensor be loaded?"""
+        is_tensor = isinstance(value, torch.Tensor) and not raw.endswith(_EXTRA_STATE)
+        if is_tensor:
+            match.live(path, value)
+        if node is None:
+            match.missing(path)
+            self._lacking.append((raw, value))
+        elif not is_tensor:
+            match.need(node, path)
+            match.found += 1
+            self._others.append((raw, node, path))
+        elif not match.tensor(value, node, path):
+            self._lacking.append((raw, value))
+        else:
+            if overlaps(value):
+                self._own.append((value, path))
+            else:
+                self._tensors.append((raw, path))
+            return True
+        return False
 
     def __call__(self, get: Getter) -> None:
         """Load."""
@@ -68,8 +81,8 @@ class ModuleLoad:
             state._metadata = self._metadata  # type: ignore[attr-defined]
         if type(self._module).load_state_dict is nn.Module.load_state_dict:
             self._module.load_state_dict(state, strict=self._strict and not self._own)
-        else:
-            self._module.load_state_dict(state)
+        else:  # code of its own may count on every name
+            self._module.load_state_dict(OrderedDict([*self._lacking, *state.items()]))
         for target, path in self._own:
             copy_exact(target, get(path))
 

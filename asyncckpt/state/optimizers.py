@@ -4,7 +4,7 @@
 the tensors it is given. It still runs, for its checks, hooks and defaults; then the state is put right.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from asyncckpt.format import keys
+from asyncckpt.state.arrangement import NO_OPTIONS, arrange, placed
 from asyncckpt.state.copying import Getter, bits_equal, copy_exact, private
-from asyncckpt.state.tree import entries_of, stored, unflatten
+from asyncckpt.state.tree import entries_of, unflatten
 
 if TYPE_CHECKING:
     from asyncckpt.state.matching import Matching
@@ -31,6 +32,24 @@ _SHAPED_AS_PARAMETER = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
     *("acc_delta", "sum", "ax", "prev", "step_size"),
 }
+
+
+NEEDS = {
+    "Adadelta": frozenset({"step", "square_avg", "acc_delta"}),
+    "Adafactor": frozenset({"step"}),
+    "Adagrad": frozenset({"step", "sum"}),
+    "Adam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "AdamW": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "Adamax": frozenset({"step", "exp_avg", "exp_inf"}),
+    "ASGD": frozenset({"step", "eta", "mu", "ax"}),
+    "Muon": frozenset({"momentum_buffer"}),
+    "NAdam": frozenset({"step", "exp_avg", "exp_avg_sq", "mu_product"}),
+    "RAdam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "RMSprop": frozenset({"step", "square_avg"}),
+    "Rprop": frozenset({"step", "prev", "step_size"}),
+    "SparseAdam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+}
+"""What a step of torch.optim's own classes reads of a parameter that has state (their sources, torch 2.13)."""
 
 
 class _Ids(list[Any]):
@@ -55,51 +74,83 @@ class OptimizerLoad:
 
     def __init__(self, optimizer: Optimizer, node: Any, path: str, match: "Matching") -> None:
         self._optimizer, self._node, self._path, self._values = optimizer, node, path, match.values
-        self._parameters: dict[Any, torch.Tensor] = {}
-        match.need(node, path)
-        inner = node["dict"]
-        groups = inner["param_groups"].get("list", []) if isinstance(inner["param_groups"], dict) else []
-        if len(groups) != len(optimizer.param_groups):
-            match.problems.append(
-                f"{path}/param_groups: {len(optimizer.param_groups)} in the state, {len(groups)} in the checkpoint"
-            )
-            return
-        for at, group in enumerate(optimizer.param_groups):
-            _compare_options(group, groups[at], f"{path}/param_groups/{keys.escape(at)}", match)
-            below = f"{path}/param_groups/{keys.escape(at)}/params"
-            ids = stored(self._values, below)
-            if len(ids) != len(group["params"]):
-                match.problems.append(f"{below}: {len(group['params'])} in the state, {len(ids)} in the checkpoint")
-            self._parameters.update(zip(ids, group["params"], strict=False))
         self._homes = match.homes
         fillable = self._plain = _is_plain(optimizer)
-        self._knows_shapes = fillable and type(optimizer).__module__.startswith("torch.optim.")
+        self._is_torchs = type(optimizer).__module__.startswith("torch.optim.")
+        inner = node["dict"]
+        arrangement = arrange(optimizer, node, path, match)
+        if arrangement is None:
+            return
+        self._arrangement = arrangement
+        match.need(inner["param_groups"], f"{path}/param_groups")
+        for at, source in enumerate(arrangement.sources):
+            if source is not None:
+                below = f"{path}/param_groups/{keys.escape(source)}"
+                _compare_options(optimizer.param_groups[at], inner["param_groups"]["list"][source], below, match)
+        self._parameters = placed(optimizer, arrangement)
+        match.found += bool(self._parameters)
+        if arrangement.sources != list(range(len(inner["param_groups"]["list"]))):
+            match.regrouped.add(id(optimizer))
         for name, child in inner["state"]["dict"].items():
-            self._compare(name, child, f"{path}/state/{name}", match)
-            self._offer(name, child, f"{path}/state/{name}", match, fillable=fillable)
+            below = f"{path}/state/{name}"
+            if keys.unescape(name) in arrangement.lost or self._reshaped(name, child, below, match):
+                continue
+            match.need(child, below)
+            self._compare(name, child, below, match)
+            self._offer(name, child, below, match, fillable=fillable)
+        if arrangement.by_name:
+            self._parameters = placed(optimizer, arrangement)
+
+    def _reshaped(self, name: str, node: Any, path: str, match: "Matching") -> bool:
+        """Under `strict=False` a parameter whose shape has changed, as its name tells for certain, keeps the state that it has."""
+        number = keys.unescape(name)
+        if match.strict or not self._arrangement.by_name or number not in self._parameters:
+            return False
+        found = [inner for inner, _, _ in self._other_shapes(number, node, path, match)]
+        match.reshaped += found
+        if found:
+            self._arrangement.drop(number)
+        return bool(found)
+
+    def _other_shapes(
+        self, number: Any, node: Any, path: str, match: "Matching"
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...] | None]]:
+        """State whose stored shape is not that of the live one, or not of its parameter (then None)."""
+        parameter = self._parameters[number]
+        before = _state_of(self._optimizer, parameter)
+        children = node.get("dict", {}) if isinstance(node, dict) else {}
+        for key in [key for key, child in children.items() if child == "tensor"]:
+            shape = tuple(match.spec(f"{path}/{key}")[1])
+            if key not in before and self._plain and self._is_torchs and key in _SHAPED_AS_PARAMETER:
+                if shape != tuple(parameter.shape):
+                    yield f"{path}/{key}", shape, None
+            elif isinstance(before.get(key), torch.Tensor) and shape != tuple(before[key].shape):
+                yield f"{path}/{key}", shape, tuple(before[key].shape)
 
     def _compare(self, name: str, node: Any, path: str, match: "Matching") -> None:
-        """State that exists already must have the shapes of the checkpoint's, and moments those of their parameters."""
-        parameter = self._parameters.get(keys.unescape(name))
-        before = self._optimizer.state.get(parameter, {}) if parameter is not None else {}
-        if not isinstance(node, dict) or not isinstance(before, dict):
+        """State that exists already must have the shapes of the checkpoint's, moments those of their parameters, and all of it a kind."""
+        number = keys.unescape(name)
+        if number not in self._parameters or not isinstance(node, dict):
             return
-        if parameter is not None and self._knows_shapes:
-            for key in _SHAPED_AS_PARAMETER & node.get("dict", {}).keys() - before.keys():
-                inner = f"{path}/{key}"
-                if node["dict"][key] == "tensor" and tuple(match.spec(inner)[1]) != tuple(parameter.shape):
-                    match.problems.append(
-                        f"{inner}: shape {tuple(match.spec(inner)[1])} in the checkpoint, but the parameter at this place has "
-                        f"{tuple(parameter.shape)}: the optimizer was made from other parameters, or in another order"
-                    )
-        for key, value in before.items():
-            inner = f"{path}/{keys.escape(key)}"
-            if isinstance(value, torch.Tensor) and node.get("dict", {}).get(keys.escape(key)) == "tensor":
-                shape = tuple(match.spec(inner)[1])
-                if shape != tuple(value.shape):
-                    match.problems.append(
-                        f"{inner}: shape {tuple(value.shape)} in the state, {shape} in the checkpoint"
-                    )
+        parameter = self._parameters[number]
+        for inner, shape, live in self._other_shapes(number, node, path, match):
+            if live is None:
+                match.problems.append(
+                    f"{inner}: shape {shape} in the checkpoint, but the parameter at this place has "
+                    f"{tuple(parameter.shape)}: the optimizer was made from other parameters, or in another order"
+                )
+            else:
+                match.problems.append(f"{inner}: shape {live} in the state, {shape} in the checkpoint")
+        saved = set(node.get("dict", {}))
+        kind = type(self._optimizer)
+        lacking = NEEDS.get(kind.__name__, frozenset()) - saved if saved and self._is_torchs else frozenset()
+        own = set(_state_of(self._optimizer, parameter))
+        if not self._is_torchs and own - saved and saved - own and not (own & saved) - {"step"}:
+            lacking = frozenset(own - saved)
+        if lacking:
+            match.problems.append(
+                f"{path}: without {', '.join(sorted(map(str, lacking)))}, which {kind.__name__} needs: the checkpoint holds another kind of optimizer"
+            )
 
     def _offer(self, name: str, node: Any, path: str, match: "Matching", *, fillable: bool) -> None:
         """Values go into state that exists, bytes perhaps straight there, or into new tensors where it does not."""
@@ -107,8 +158,7 @@ class OptimizerLoad:
         if parameter is None or not isinstance(node, dict):
             return
         match.goes_to(parameter.device)
-        before = self._optimizer.state.get(parameter, {})
-        before = {keys.escape(key): value for key, value in before.items()} if isinstance(before, dict) else {}
+        before = _state_of(self._optimizer, parameter)
         for key, kind in node.get("dict", {}).items():
             if kind == "tensor" and key not in before:
                 if fillable and parameter.device.type == "cpu" and parameter.is_contiguous():
@@ -183,21 +233,66 @@ class OptimizerLoad:
         states = {}
         for name, node in inner["state"]["dict"].items():
             key = keys.unescape(name)
+            if key in self._arrangement.lost:
+                continue
             given = lent if key in self._parameters else copies
             states[key] = unflatten(node, given, self._values, f"{path}/state/{name}")
-        groups = unflatten(inner["param_groups"], copies, self._values, f"{path}/param_groups")
+        if self._arrangement.as_stored:
+            groups = unflatten(inner["param_groups"], copies, self._values, f"{path}/param_groups")
+        else:
+            groups = self._regrouped(copies)
+            states |= self._kept()
         for group in groups if self._plain else ():
             group["params"] = _Ids(group["params"])
         return {"state": states, "param_groups": groups}
 
+    def _regrouped(self, copies: Getter) -> list[dict[str, Any]]:
+        """The live groups, each with the options that its parameters were saved with."""
+        groups = []
+        nodes = self._node["dict"]["param_groups"]["list"]
+        for group, ids, source in zip(
+            self._optimizer.param_groups, self._arrangement.ids, self._arrangement.sources, strict=True
+        ):
+            options = dict(group)
+            if source is not None:
+                below = f"{self._path}/param_groups/{keys.escape(source)}"
+                options = unflatten(nodes[source], copies, self._values, below)
+            own = {key: group[key] for key in NO_OPTIONS & group.keys()}
+            kept = {key: value for key, value in options.items() if key not in NO_OPTIONS}
+            groups.append(kept | own | {"params": ids})
+        return groups
+
+    def _kept(self) -> dict[Any, Any]:
+        """State of the parameters that the checkpoint has nothing for."""
+        pairs = zip(
+            chain.from_iterable(self._arrangement.ids),
+            chain.from_iterable(group["params"] for group in self._optimizer.param_groups),
+            strict=True,
+        )
+        return {
+            number: dict(self._optimizer.state[parameter])
+            for number, parameter in pairs
+            if number not in self._parameters and parameter in self._optimizer.state
+        }
+
+
+def _state_of(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
+    """What an optimizer has of a parameter by now, by escaped key."""
+    inner = optimizer.state.get(parameter, {})
+    return {keys.escape(key): value for key, value in inner.items()} if isinstance(inner, dict) else {}
+
 
 def _compare_options(group: Mapping[str, Any], node: Any, path: str, match: "Matching") -> None:
-    """Options that only one side has come and go with torch's versions; when both sides have some, the kinds of optimizer differ."""
-    saved = set(entries_of(node, path) or ())
-    ours = {keys.escape(key) for key in group}
+    """Options that only one side has come and go with torch's versions; when both sides have some, the kinds of optimizer differ.
+
+    State of one kind under the options of another breaks the next step, so `strict=False` does not skip it.
+    """
+    saved = set(entries_of(node, path) or ()) - NO_OPTIONS
+    ours = {keys.escape(key) for key in group} - NO_OPTIONS
     if ours - saved and saved - ours:
-        match.unexpected(
-            f"{path} ({', '.join(sorted(saved - ours))}; the state's optimizer has {', '.join(sorted(ours - saved))})"
+        match.problems.append(
+            f"{path}: another kind of optimizer was saved, with {', '.join(sorted(saved - ours))}; "
+            f"the state's has {', '.join(sorted(ours - saved))}"
         )
 
 

@@ -1,7 +1,8 @@
 """A checkpoint back into the live objects: everything is compared first, then values are copied in place."""
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ class RestorePlan:
     """A restore that was found possible.
 
     `paths`: full paths of the tensors that `apply` will ask for, and no others; `device`: a CUDA device that some will be copied to.
+    `missing`, `unexpected`, `reshaped`: what `strict=False` leaves alone, see `plan_restore`.
     """
 
     paths: tuple[str, ...]
     device: torch.device | None
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reshaped: tuple[str, ...]
     _state: Mapping[Any, Any]
     _places: tuple[tuple[Any, str, Place], ...]
     _targets: tuple[tuple[torch.Tensor, str], ...]
@@ -93,7 +98,14 @@ class RestorePlan:
 
 
 def plan_restore(
-    state: Mapping[Any, Any], tree: Any, specs: Mapping[str, Spec], values: Mapping[str, Any], *, strict: bool = True
+    state: Mapping[Any, Any],
+    tree: Any,
+    specs: Mapping[str, Spec],
+    values: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    parameters: Mapping[str, Sequence[str | None]] = MappingProxyType({}),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> RestorePlan:
     """Compare the whole state with the whole checkpoint; touch nothing.
 
@@ -102,12 +114,15 @@ def plan_restore(
         tree: The checkpoint's containers, from its index.
         specs: Full path of every tensor, aliases too, to its dtype and shape.
         values: What the state file holds.
-        strict: False skips names that only one side has; shapes and dtypes must agree all the same.
+        strict: False skips names that only one side has, and tensors that have another shape: a head with more classes keeps its own. What
+            cannot be skipped without breaking an object later raises all the same: another dtype, another kind of optimizer.
+        parameters: Path of each stored optimizer to the path of the parameter at each of its positions, where it is known.
+        aliases: Paths of the checkpoint's tied tensors to the path that is stored for them.
 
     Raises:
-        StateMismatchError: Every difference of all objects in one message.
+        StateMismatchError: Every difference of all objects in one message; or not one name in common.
     """
-    match = Matching(specs, values, strict=strict)
+    match = Matching(specs, values, strict=strict, parameters=parameters, aliases=aliases)
     _, groups = one_item(tree, "")
     places = []
     for key, target in state.items():
@@ -119,5 +134,15 @@ def plan_restore(
                 match.problems.append(f"{name}: the state is read-only, so this value cannot be put back; pass a dict")
         elif name is not None:
             match.missing(name, "the checkpoint has no such group")
-    match.report()
-    return RestorePlan(tuple(match.paths), match.device, state, tuple(places), tuple(match.targets), match.homes)
+    match.finish()
+    return RestorePlan(
+        tuple(match.paths),
+        match.device,
+        tuple(match.absent),
+        tuple(match.surplus),
+        tuple(match.reshaped),
+        state,
+        tuple(places),
+        tuple(match.targets),
+        match.homes,
+    )

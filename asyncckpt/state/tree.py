@@ -11,7 +11,7 @@ import torch
 from asyncckpt.errors import CorruptCheckpointError, UnsupportedObjectError, UnsupportedTensorError
 from asyncckpt.format import keys
 from asyncckpt.format.plan import Group, Structure, TensorSpec
-from asyncckpt.state.binding import Binding, bind
+from asyncckpt.state.binding import Binding, Positions, bind
 from asyncckpt.state.dtypes import NAMES, complaint
 from asyncckpt.state.packing import Seen, Segment
 from asyncckpt.state.sight import Makeup, Sight
@@ -21,6 +21,7 @@ from asyncckpt.state.walk import (
     MAX_DEPTH,
     NUMPY_KINDS,
     NUMPY_SCALARS,
+    OPTIMIZER,
     SEQUENCES,
     VALUE,
     Refusal,
@@ -29,18 +30,22 @@ from asyncckpt.state.walk import (
 
 
 class Description:
-    """What a list of tokens means: the JSON `tree`, the path of every tensor leaf and of every value, in walking order."""
+    """What a list of tokens means: the JSON `tree`, the paths of all tensor leaves, values and optimizers, in walking order."""
 
     def __init__(self, tokens: list[Any]) -> None:
         self.tensors: list[tuple[str | int, str]] = []
         """Top-level key and full path."""
         self.values: list[str] = []
+        self.optimizers: list[str] = []
         self._tokens = iter(_spread(tokens))
         self._top: str | int = ""
         self.tree = self._node("", depth=0)
 
     def _node(self, path: str, *, depth: int) -> Any:
         token = next(self._tokens)
+        if token is OPTIMIZER:
+            self.optimizers.append(path)
+            token = next(self._tokens)
         if token is torch.Tensor or token is np.ndarray:
             self.tensors.append((self._top, path))
             return "tensor" if token is torch.Tensor else "ndarray"
@@ -199,6 +204,7 @@ class Flattener:
         self._structure: Structure | None = None
         self._binding: Binding | None = None
         self._ties: tuple[tuple[int, int], ...] = ()
+        self._positions: Positions = ()
 
     def flatten(self, state: Mapping[Any, Any]) -> Flat:
         """Walk the state and check all of it.
@@ -224,7 +230,7 @@ class Flattener:
             self._structure = self._binding = None
         binding = self._bind(walk, moved, sight)
         if self._structure is None:
-            self._structure = _structure(self._description, leaves, binding.ties)
+            self._structure = _structure(self._description, leaves, binding)
         if binding.resolved:
             for at in binding.resolved:
                 leaves[at] = leaves[at].detach().resolve_conj().resolve_neg()
@@ -246,9 +252,9 @@ class Flattener:
             return old
         self._binding = None  # if a tensor is refused now, the next save must look at all of them again
         self._check(walk.leaves)
-        self._binding = bind(walk, owned)
-        if self._binding.ties != self._ties:
-            self._ties, self._structure = self._binding.ties, None
+        self._binding = bind(walk, owned, sight.addresses)
+        if (self._binding.ties, self._binding.positions) != (self._ties, self._positions):
+            self._ties, self._positions, self._structure = self._binding.ties, self._binding.positions, None
         return self._binding
 
     def _check(self, leaves: list[torch.Tensor]) -> None:
@@ -258,8 +264,8 @@ class Flattener:
                 raise UnsupportedTensorError(f"{path!r}: {reason}", key=path)
 
 
-def _structure(description: Description, leaves: list[torch.Tensor], ties: tuple[tuple[int, int], ...]) -> Structure:
-    tied = dict(ties)
+def _structure(description: Description, leaves: list[torch.Tensor], binding: Binding) -> Structure:
+    tied = dict(binding.ties)
     groups: dict[str | int | None, int] = {}
     tensors: list[TensorSpec] = []
     positions: dict[int, int] = {}
@@ -279,4 +285,9 @@ def _structure(description: Description, leaves: list[torch.Tensor], ties: tuple
         tensors=tuple(tensors),
         aliases=tuple(aliases),
         tree=description.tree,
+        parameters={
+            path: tuple(None if at is None else description.tensors[tied.get(at, at)][1] for at in positions)
+            for path, positions in zip(description.optimizers, binding.positions, strict=True)
+            if any(at is not None for at in positions)
+        },
     )

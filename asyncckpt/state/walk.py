@@ -19,6 +19,8 @@ from asyncckpt.state.packing import TENSOR_KINDS, Packed, Seen, pack
 MAX_DEPTH = 64
 VALUE = "value"
 """Token and tree leaf of a plain value."""
+OPTIMIZER = "optimizer"
+"""Token in front of an optimizer: the next of `Walk.optimizers` stands here."""
 
 SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 CONSTANTS = frozenset({torch.Size, torch.dtype, torch.device})
@@ -191,6 +193,7 @@ class Walk:
         except Exception as error:
             raise SnapshotError(f"state_dict() of a {type(thing).__qualname__} raised {error!r}") from error
         if optimizer is not None:
+            self.tokens.append(OPTIMIZER)
             self.optimizers.append(optimizer)
             self.seen.append(packed.seen if packed else None)
         self._captured = True

@@ -18,6 +18,7 @@ class Pocket:
     values: dict[str, Any]
     data: dict[str, torch.Tensor]
     aliases: dict[str, str]
+    parameters: dict[str, Any] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
     @classmethod
@@ -35,7 +36,8 @@ class Pocket:
                 data[path].copy_(tensor)
         aliases = {structure.groups[group].path(name): paths[at] for group, name, at in structure.aliases}
         specs |= {alias: specs[path] for alias, path in aliases.items()}
-        return cls(structure.tree, specs, read_state(write_state(flat.values)), data, aliases)
+        values = read_state(write_state(flat.values))
+        return cls(structure.tree, specs, values, data, aliases, dict(structure.parameters))
 
     def tensor(self, path):
         self.asked.append(path)
@@ -43,7 +45,8 @@ class Pocket:
 
     def restore(self, state, *, strict=True):
         before = {path: raw(tensor) for path, tensor in self.data.items()}
-        plan = plan_restore(state, self.tree, self.specs, self.values, strict=strict)
+        names = {"parameters": self.parameters, "aliases": self.aliases}
+        plan = plan_restore(state, self.tree, self.specs, self.values, strict=strict, **names)
         plan.apply(self.tensor)
         assert set(self.asked) <= set(plan.paths)
         assert {path: raw(tensor) for path, tensor in self.data.items()} == before, "a buffer was written to"

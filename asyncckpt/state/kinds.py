@@ -1,0 +1,69 @@
+"""Why a stored state could not be loaded into an object, or would break it: asked before the first value changes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from asyncckpt.format import keys
+from asyncckpt.state.rng import RNG
+from asyncckpt.state.tree import entries_of, leaves
+from asyncckpt.state.walk import VALUE
+
+_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
+_SCALER_KEYS = frozenset({"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"})
+
+
+def complaints(thing: Any, node: Any, path: str) -> Iterator[str]:
+    """Reasons, for the objects whose `load_state_dict` is known: it would raise, or take in silence what the next step stumbles over."""
+    known = isinstance(thing, RNG | LRScheduler | torch.amp.GradScaler | torch.optim.Optimizer)
+    entries = entries_of(node, path)
+    kind = type(thing).__name__
+    if not known or (isinstance(thing, torch.optim.Optimizer) and type(thing).state_dict is not _STATE_DICT):
+        return
+    if entries is None or isinstance(thing, torch.optim.Optimizer):
+        yield f"the state of a {kind} in the state, something else in the checkpoint"
+    elif isinstance(thing, RNG):
+        yield from _lacking(kind, _RNG_KEYS, set(entries))
+        cuda = entries.get("cuda")
+        yield from thing.complaints(len(cuda.get("list", ())) if isinstance(cuda, dict) else 0)
+    elif isinstance(thing, LRScheduler):
+        yield from _other_scheduler(thing, set(entries))
+    elif thing.is_enabled():
+        if not entries:
+            yield "the checkpoint was saved with a GradScaler that was disabled; disable this one, or leave it out of the state"
+        else:
+            yield from _lacking(kind, _SCALER_KEYS, set(entries))
+
+
+_STATE_DICT = torch.optim.Optimizer.state_dict
+
+
+def _lacking(kind: str, needed: frozenset[str], found: set[str]) -> Iterator[str]:
+    if needed - found:
+        yield f"without {', '.join(sorted(needed - found))}, which {kind} needs"
+
+
+def _other_scheduler(scheduler: LRScheduler, saved: set[str]) -> Iterator[str]:
+    """Attributes that only one side has come and go with torch's versions; when both sides have some, the kinds differ."""
+    ours = {keys.escape(key) for key in scheduler.state_dict() if isinstance(key, str) and not key.startswith("_")}
+    saved = {key for key in saved if not key.startswith("_")}
+    if ours - saved and saved - ours:
+        yield (
+            f"another kind of scheduler was saved, with {', '.join(sorted(saved - ours))}; "
+            f"the state's has {', '.join(sorted(ours - saved))}"
+        )
+
+
+def group_complaint(scheduler: LRScheduler, node: Any, path: str, values: Mapping[str, Any]) -> str | None:
+    """Why a scheduler cannot be loaded beside an optimizer whose groups were saved otherwise. One rate for all does no harm."""
+    entries = entries_of(node, path) or {}
+    rates = values.get(f"{path}/base_lrs") if entries.get("base_lrs") == VALUE and not leaves(node, path) else None
+    own = getattr(scheduler, "base_lrs", None)
+    if isinstance(rates, list) and isinstance(own, list) and len(rates) == len(own) and len(set(rates)) == 1:
+        return None
+    return (
+        "a scheduler knows the optimizer's parameter groups by their order, and they were saved in another; "
+        "make the groups as they were, or leave the scheduler out of the state"
+    )
