@@ -21,9 +21,7 @@ BOXES = [path for path in ALL if path.name.startswith("boxes-")]
 def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
-        return same and bytes(a.contiguous().flatten().view(torch.uint8)) == bytes(
-            b.contiguous().flatten().view(torch.uint8)
-        )
+        return same and all(map(torch.equal, *([one.contiguous().flatten().view(torch.uint8)] for one in (a, b))))
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, dict):
