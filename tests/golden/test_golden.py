@@ -7,17 +7,21 @@ import pytest
 import torch
 
 import asyncckpt
+from asyncckpt.engine.catalog import read_checkpoint
+from asyncckpt.format.box import run_start
+from asyncckpt.store.local import LocalStore
+from tests.golden.by_hand import EARLIER, boxes_state
 from tests.golden.golden import CODECS, STEP, state
 
-FOLDERS = sorted(path for path in Path(__file__).parent.glob("v*/*") if path.is_dir())
+ALL = sorted(path for path in Path(__file__).parent.glob("v*/*") if path.is_dir())
+FOLDERS = [path for path in ALL if not path.name.startswith("boxes-")]
+BOXES = [path for path in ALL if path.name.startswith("boxes-")]
 
 
 def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
-        return same and bytes(a.contiguous().flatten().view(torch.uint8)) == bytes(
-            b.contiguous().flatten().view(torch.uint8)
-        )
+        return same and all(map(torch.equal, *([one.contiguous().flatten().view(torch.uint8)] for one in (a, b))))
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, dict):
@@ -29,6 +33,7 @@ def equal(a, b) -> bool:
 
 def test_there_is_a_golden_checkpoint_of_every_codec():
     assert {path.name for path in FOLDERS} == set(CODECS)
+    assert {path.name for path in BOXES} == {f"boxes-{codec}" for codec in CODECS}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -47,3 +52,22 @@ def test_a_golden_checkpoint_verifies_and_keeps_what_was_said_of_it(folder):
     checkpoint.verify()
     assert (checkpoint.metrics, checkpoint.epoch, checkpoint.tags) == ({"loss": 0.5}, 7, ("golden",))
     assert checkpoint.config == {"lr": 0.001}
+
+
+@pytest.mark.parametrize("folder", BOXES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_boxes_bytes_named_twice_and_an_earlier_steps_shard_load_bit_exact(folder):
+    expected = boxes_state(folder.name.removeprefix("boxes-"))
+    assert equal(expected, asyncckpt.load(folder))
+    assert equal(expected["model"]["kept"], asyncckpt.load(folder, step=EARLIER)["model"]["kept"])
+    for checkpoint in asyncckpt.Run(folder).checkpoints():
+        checkpoint.verify()
+
+
+@pytest.mark.parametrize("folder", BOXES, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_the_checkpoint_by_hand_is_what_it_says(folder):
+    record, index = read_checkpoint(LocalStore(folder), STEP)
+    whirl, again = index.tensors["model/whirl"], index.tensors["model/again"]
+    assert any(run_start((chunk.offsets, chunk.sizes), whirl.shape) is None for chunk in whirl.chunks)
+    assert whirl.chunks[0][2:] == again.chunks[0][2:]
+    assert len(record.folders) == 2
+    assert index.parameters == {"optimizer": ("model/whirl", None)}

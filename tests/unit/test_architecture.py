@@ -31,7 +31,6 @@ ROOMS = [
         "run",
         "export",
         "progress",
-        "collector",
         "staging",
         "lineage",
     },

@@ -12,12 +12,15 @@ import safetensors
 import safetensors.numpy
 import zstandard
 
+import asyncckpt
 import asyncckpt.format
+from asyncckpt.format import limits, nodes
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import MAX_WINDOW_BYTES
-from asyncckpt.format.limits import TENSORS
 from asyncckpt.format.plan import BLOCK_BYTES, LARGE_BYTES
 from tests.unit.format.checkpoints import MIXED, store, structure_of
+from tests.unit.format.document_reader import element_types, read_checkpoint
+from tests.writer import tensor_bytes
 
 FORMAT_MD = (Path(asyncckpt.format.__file__).parent / "FORMAT.md").read_text()
 ZSTD = shutil.which("zstd")
@@ -114,9 +117,42 @@ def test_one_shot_decompression_stops_after_the_header_as_the_document_warns():
 
 
 def test_the_document_states_the_constants_of_the_code():
-    for constant in (BLOCK_BYTES, LARGE_BYTES, TENSORS):
+    for constant in (BLOCK_BYTES, LARGE_BYTES):
         assert f"{constant:,}" in FORMAT_MD
-    for name, kind in DTYPES.items():
-        assert re.search(rf"\b{name}\b", FORMAT_MD)
-        assert BLOCK_BYTES % kind.element_bytes == 0
+    assert {name: (kind.element_bytes, kind.safetensors) for name, kind in DTYPES.items()} == element_types()
+    assert all(BLOCK_BYTES % kind.element_bytes == 0 for kind in DTYPES.values())
     assert MAX_WINDOW_BYTES == 128 * 2**20
+    for name in nodes.LEAVES | nodes.MAPPINGS | nodes.SEQUENCES | nodes.SCALARS:
+        assert re.search(rf"\b{name}\b", FORMAT_MD)
+
+
+def test_the_limits_of_the_document_are_those_of_the_code():
+    table = FORMAT_MD[FORMAT_MD.index("## Limits") :]
+    stated = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    code = {name: value for name, value in vars(limits).items() if name.isupper()}
+    ratio = f"{code.pop('INDEX_BASE_BYTES'):,} and {code.pop('INDEX_RATIO')} times the stored bytes"
+    assert (code.pop("KEY_INT"), code.pop("CONFIG_INT"), code.pop("SIZE"), code.pop("STEP")) == (
+        2**63,
+        2**64,
+        2**53,
+        2**53,
+    )
+    powers = ["2^64", "from -2^63 to 2^63 - 1", "from 0 to 2^53", ratio]
+    assert sorted(value for _, value in stated) == sorted([*powers, *(f"{value:,}" for value in code.values())])
+
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "v1"
+
+
+@pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda path: path.name)
+def test_a_reader_who_has_only_the_document_reads_every_golden_checkpoint(folder):
+    steps = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.json")]
+    assert steps
+    for step in steps:
+        values = read_checkpoint(folder, step)
+        checkpoint = asyncckpt.Run(folder).get(step)
+        assert set(values) == set(checkpoint.names())
+        for path, value in values.items():
+            assert value.tobytes() == tensor_bytes(checkpoint.tensor(path)), path

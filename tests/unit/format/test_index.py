@@ -483,3 +483,31 @@ def test_a_shard_of_an_earlier_step_may_be_named():
     key = keys.folder(3, "feed-1") + shard.name
     receipt = Receipt(0, key, shard.raw_bytes, 5, ((len(shard.header), 4), (1, 1)))
     assert parse(IndexBuilder(layout).build([receipt], bytes(32), FOLDER)).shards[0].key == key
+
+
+def test_an_index_of_256000_chunks_is_parsed_in_seconds_and_in_little_memory():
+    shard_count, tensors, chunk_bytes = 64, 4000, 131_072
+    frames = [[1000, 400], *[[chunk_bytes // 4, 30_000]] * (4 * tensors)]
+    sizes = {"raw_bytes": 1000 + tensors * chunk_bytes, "stored_bytes": 400 + 4 * tensors * 30_000}
+    keys_of = [f"step-0000001000/0a1b2c3d-4/m-{number}" for number in range(shard_count)]
+    rows = [
+        [[[64 * shard, 0], [64, 512], shard, 1000 + chunk_bytes * tensor, "ab" * 32] for shard in range(shard_count)]
+        for tensor in range(tensors)
+    ]
+    shape = [64 * shard_count, 512]
+    data = {
+        "format": 1,
+        "codec": "planes",
+        "groups": [{"key": "m", "slug": "m"}],
+        "shards": [{"key": key, "header": "ab" * 32, "frames": frames, **sizes} for key in keys_of],
+        "tensors": [[0, f"t{number}", "float32", shape, "planes", chunks] for number, chunks in enumerate(rows)],
+        "aliases": [],
+        "tree": {"dict": {"m": {"dict": {f"t{number}": "tensor" for number in range(tensors)}}}},
+    }
+    text = json.dumps(data, separators=(",", ":")).encode()
+    del data, rows
+    started = time.process_time()
+    index = Index.parse(text)
+    assert time.process_time() - started < 10  # 1.9 s on an idle core
+    assert sum(len(tensor.chunks) for tensor in index.tensors.values()) == 256_000
+    assert sum(shard.frames.raw.nbytes + shard.frames.stored.nbytes for shard in index.shards) < 17 * 2**20
