@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from asyncckpt import errors
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
+from asyncckpt.engine.marks import is_marked
 from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import compress
@@ -22,9 +23,7 @@ def exists(store: Store, job: SaveJob) -> bool:
     """Whether the step is taken by a record that stands, and was not written by this very save."""
     attempt = _attempt_of(store, job.step)  # a get, not a head: what is refused without a body cannot say why
     return (
-        attempt is not None
-        and attempt not in (job.attempt, *job.earlier_attempts)
-        and not _damaged(store, job.step, attempt)
+        attempt is not None and attempt not in (job.attempt, *job.earlier_attempts) and not is_marked(store, job.step)
     )
 
 
@@ -86,7 +85,7 @@ def _put_record(store: Store, job: SaveJob, record: bytes) -> bool:
             attempt = _attempt_of(store, job.step)
             if attempt in (job.attempt, *job.earlier_attempts):
                 return True
-            if attempt is not None and (last or not _damaged(store, job.step, attempt)):
+            if attempt is not None and (last or not is_marked(store, job.step)):
                 return False
             # set aside as damaged (or gone meanwhile): the step may be saved again
             store.delete([key])
@@ -120,20 +119,6 @@ def _attempt_of(store: Store, step: int) -> str | None:
         return None
     except errors.CorruptCheckpointError:
         return ""  # unreadable: stands in the way, and belongs to no attempt
-
-
-def _damaged(store: Store, step: int, attempt: str) -> bool:
-    try:
-        return store.get(keys.damaged_key(step), max_bytes=1024) == attempt.encode()
-    except errors.ObjectNotFoundError:
-        return False
-
-
-def mark_damaged(store: Store, step: int) -> None:
-    """Set a checkpoint aside: readers pass over it, and its step can be saved again. Only a Saver calls this."""
-    attempt = _attempt_of(store, step)
-    if attempt is not None:
-        store.put(keys.damaged_key(step), [attempt.encode()])
 
 
 def abandon(store: Store, job: SaveJob) -> None:

@@ -9,6 +9,7 @@ import torch
 from asyncckpt import errors
 from asyncckpt.engine import commit as commits
 from asyncckpt.engine.job import SaveJob
+from asyncckpt.engine.marks import mark_damaged
 from asyncckpt.format import keys
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import plan
@@ -177,7 +178,7 @@ def test_of_many_writers_at_once_exactly_one_commits():
 def test_a_step_that_was_set_aside_as_damaged_can_be_saved_again(tmp_path):
     for store in (MemoryStore(), LocalStore(tmp_path)):
         Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
-        commits.mark_damaged(store, STEP)
+        mark_damaged(store, STEP)
         again = Attempt(store, "bbbbbbbb-000001", value=2.0)
         assert not commits.exists(store, again.job)
         assert again.commit().result == "committed"
@@ -194,7 +195,7 @@ def test_a_record_that_cannot_be_read_stands_in_the_way_until_it_is_set_aside():
     attempt = Attempt(store)
     assert commits.exists(store, attempt.job)
     assert attempt.commit().result == "exists"
-    commits.mark_damaged(store, STEP)
+    mark_damaged(store, STEP)
     assert not commits.exists(store, attempt.job)
     assert attempt.commit().result == "committed"
     assert value(store) == 1.0
@@ -202,7 +203,7 @@ def test_a_record_that_cannot_be_read_stands_in_the_way_until_it_is_set_aside():
 
 def test_a_mark_for_no_checkpoint_is_not_written():
     store = MemoryStore()
-    commits.mark_damaged(store, STEP)
+    mark_damaged(store, STEP)
     assert names(store) == []
 
 

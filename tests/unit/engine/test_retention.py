@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from asyncckpt import KeepEvery, KeepLast, errors
 from asyncckpt.engine.catalog import find_checkpoints
-from asyncckpt.engine.commit import mark_damaged
+from asyncckpt.engine.marks import mark_damaged
 from asyncckpt.engine.retention import doomed, retain
 from asyncckpt.format import keys
 from asyncckpt.restore import load
