@@ -106,7 +106,7 @@ class Proxy:
                 if self.bytes_per_s:
                     time.sleep(len(piece) / self.bytes_per_s)
                 if is_answer:
-                    piece = self._spoilt(piece, state)  # noqa: PLW2901 - what goes on is what came, but for a bit
+                    piece = self._spoilt(piece, state)
                 if not is_answer:
                     state["answered_bytes"] = 0
                     if piece.startswith(b"GET ") and self.hide(piece.partition(b"\r")[0].decode()):

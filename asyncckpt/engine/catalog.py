@@ -89,7 +89,13 @@ def _look_at_record(store: Store, key: str) -> Record | Wrong:
     except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
         with contextlib.suppress(errors.CheckpointError):
             error.at(attempt=Outline.parse(data, key).attempt)  # readable, and yet it breaks a rule
+        if isinstance(error, errors.DigestMismatchError):
+            error = _record_mismatch(digest(memoryview(data)[:-ENDING_BYTES]), data)
         return rereading.wrong_file(error, data)
+
+
+def _record_mismatch(found: bytes, ending: bytes | bytearray) -> errors.DigestMismatchError:
+    return rereading.mismatch("the record's bytes", found, ending[-68:-4].decode("latin-1"))
 
 
 def _look_at_large_record(store: Store, key: str) -> Wrong:
@@ -120,8 +126,7 @@ def _judge_large_record(store: Store, key: str) -> Wrong:
         hasher.update(part)
     if is_sealed(hasher.digest().hex(), ending):
         raise newer(f"a record of {entry.stored_bytes} bytes is above {limits.RECORD_BYTES}")
-    error = rereading.mismatch("the record's bytes", hasher.digest(), ending[-68:-4].decode("latin-1"))
-    return rereading.wrong_file(error, hasher.digest() + ending)
+    return rereading.wrong_file(_record_mismatch(hasher.digest(), ending), hasher.digest() + ending)
 
 
 def read_checkpoint(store: Store, step: int) -> tuple[Record, Index]:

@@ -135,7 +135,7 @@ def reread_range(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Value:
     """`read_range`, where the first reading is done: its bytes lie in `target`, and were refused with `error`."""
-    wrong = _refused(error, offset, target)
+    wrong = refused(error, offset, target.nbytes, digest(target))
     return settled(store, key, _range_look(key, offset, target, check), wrong, stopped=stopped)
 
 
@@ -143,24 +143,32 @@ def _range_look(
     key: str, offset: int, target: memoryview, check: Callable[[memoryview], Value]
 ) -> Callable[[Store], Value | Wrong]:
     def look(store: Store) -> Value | Wrong:
-        try:
-            store.get_into(key, offset, target)
-        except errors.ObjectNotFoundError:
-            return missing(key)
-        except errors.CorruptCheckpointError as error:
-            return Wrong(error, _SIZE, lambda size_bytes: size_bytes >= offset + target.nbytes)
+        if wrong := read_into(store, key, offset, target):
+            return wrong
         try:
             return check(target)
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
-            return _refused(error, offset, target)
+            return refused(error, offset, target.nbytes, digest(target))
 
     return look
 
 
-def _refused(error: errors.CheckpointError, offset: int, data: memoryview) -> Wrong:
+def read_into(store: Store, key: str, offset: int, target: memoryview) -> Wrong | None:
+    """One reading of a range: what is wrong if it cannot be had."""
+    try:
+        store.get_into(key, offset, target)
+    except errors.ObjectNotFoundError:
+        return missing(key)
+    except errors.CorruptCheckpointError as error:
+        return Wrong(error, _SIZE, lambda size_bytes: size_bytes >= offset + target.nbytes)
+    return None
+
+
+def refused(error: errors.CheckpointError, offset: int, size_bytes: int, found: bytes) -> Wrong:
+    """A range that was read, has this digest, and cannot be right."""
     if " (bytes " not in error.message:
-        error.message += f" (bytes {offset} to {offset + data.nbytes} of the object)"
-    return Wrong(error, digest(data))
+        error.message += f" (bytes {offset} to {offset + size_bytes} of the object)"
+    return Wrong(error, found)
 
 
 def wrong_file(error: errors.CheckpointError, data: Buffer, size_bytes: int | None = None) -> Wrong:
