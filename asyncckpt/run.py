@@ -106,7 +106,7 @@ class Checkpoint:
         index = self._index
         with self._reading():
             read_values_of(self._store, self.record)
-            verify_objects(self._store, index)
+            verify_objects(self._store, index, keys.folder(self.step, self.record.attempt))
         if unmark:
             marks.unmark(self._store, self.step)
 

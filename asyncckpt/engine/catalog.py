@@ -13,7 +13,6 @@ from asyncckpt.engine.marks import is_marked
 from asyncckpt.engine.rereading import Wrong
 from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import Hasher, digest
-from asyncckpt.format.frames import decompress
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import ENDING_BYTES, FileRef, Outline, Record, is_sealed, newer
 from asyncckpt.store.base import Store
@@ -139,7 +138,7 @@ def read_index(store: Store, record: Record) -> Index:
     """The index of a checkpoint, verified against its record."""
     data = _read_file(store, record.index, record, limits.INDEX_BYTES)
     try:
-        return Index.parse(decompress(data, limits.INDEX_BYTES))
+        return Index.unpack(data)
     except errors.CheckpointError as error:
         error.at(step=record.step, key=record.index.key, attempt=record.attempt)
         raise

@@ -13,10 +13,12 @@ from asyncckpt import errors
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.pages import anonymous_map
-from asyncckpt.engine.ranges import Block, FetchPlan, Request, Slot, plan_fetch
+from asyncckpt.engine.ranges import Block, FetchPlan, Piece, Request, plan_fetch
+from asyncckpt.format.box import Box
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decode_block
 from asyncckpt.format.index import Index
+from asyncckpt.format.limits import BLOCK_BYTES
 from asyncckpt.store.base import Store
 
 REMOTE_THREADS = 32
@@ -44,18 +46,21 @@ def fetch(
     *,
     into: Provider | None = None,
     places: Mapping[str, memoryview] | None = None,
+    boxes: Mapping[str, Box] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Fetched:
     """Read, decode and verify the tensors at `paths`; nothing else is downloaded. Aliases share one view.
 
     `places`: memory for some of them, by the path of a tensor that is no alias; on an error it holds anything.
+    `boxes`: what alone is wanted of some of them, as offsets and sizes; the view then holds that box in row-major order.
+    Every piece that a digest covers is verified before the tensor is returned, also where only some of it is wanted.
     `threads`: None takes what the store gains from. The first error ends the others and is raised; no thread is left behind.
     Raises `MissingShardError`, `DigestMismatchError` or `CorruptCheckpointError` with the shard's key.
     """
     names = list(dict.fromkeys(paths))
     places = places or {}
-    plan = plan_fetch(index, names, places)
+    plan = plan_fetch(index, names, places, boxes)
     memory = (into or anonymous_map)(plan.target_bytes)
     target = _Target(memory, {plan.tensors[path][0]: places[path] for path in places})
     count = min(threads or default_threads(store), len(plan.requests))
@@ -127,9 +132,6 @@ class _Fetch:
         self._wanted_bytes = plan.wanted_bytes
 
     def run(self, count: int) -> None:
-        for slot in self._plan.slots:
-            if not slot.raw_bytes:
-                self._verify(slot)
         self._crew.run(count, self._report)
 
     def _report(self) -> None:
@@ -150,10 +152,10 @@ class _Fetch:
 
     def _serve(self, request: Request, stored: Scratch, plain: Scratch) -> None:
         if request.direct:
-            start = request.blocks[0].pieces[0][2]
-            self._read(request, self._target.at(start, request.stored_bytes))
+            target = self._target.at(request.blocks[0].pieces[0].start, request.stored_bytes)
+            self._read(request, target)
             for block in request.blocks:
-                self._landed(block)
+                self._take(request, block, target[block.stored.stored_offset - request.offset :])
             return
         data = stored.take(request.stored_bytes)
         self._read(request, data)
@@ -161,44 +163,39 @@ class _Fetch:
             for block in request.blocks:
                 if self._crew.failed:
                     return
-                self._decode(block, data[block.stored_offset - request.offset :], plain)
-                self._landed(block)
+                self._take(
+                    request, block, self._decode(block, data[block.stored.stored_offset - request.offset :], plain)
+                )
 
     def _read(self, request: Request, target: memoryview) -> None:
         read_shard(self._store, request.key, request.offset, target)
 
-    def _decode(self, block: Block, data: memoryview, plain: Scratch) -> None:
-        if block.plane_bytes == 0:
-            out = data
-        else:
-            whole = block.pieces[0][2]
-            out = self._target.at(whole, block.raw_bytes) if block.whole else plain.take(block.raw_bytes)
-            frames, start = [], 0
-            for size in block.frames:
-                frames.append(data[start : start + size])
-                start += size
-            decode_block(frames, block.plane_bytes, block.raw_bytes, out)
-            if block.whole:
-                return
-        for offset, _, start, size in block.pieces:
-            self._target.at(start, size)[:] = out[offset : offset + size]
+    def _decode(self, block: Block, data: memoryview, plain: Scratch) -> memoryview:
+        """The plain bytes of a block: where they belong already, or in scratch memory."""
+        stored = block.stored
+        if not stored.frames:
+            return data
+        out = self._target.at(block.pieces[0].start, stored.raw_bytes) if block.whole else plain.take(stored.raw_bytes)
+        decode_block(stored.split(data), stored.plane_bytes, stored.raw_bytes, out)
+        return out
 
-    def _landed(self, block: Block) -> None:
-        """Count the block's pieces; the thread that brings a chunk's last byte verifies the chunk."""
-        complete = []
+    def _take(self, request: Request, block: Block, plain: memoryview) -> None:
+        """Verify each piece of a block, then put it where it belongs, unless it is there."""
+        for piece in block.pieces:
+            data = plain[piece.offset : piece.offset + piece.raw_bytes]
+            self._verify(request, piece, data)
+            placing = self._plan.slots[piece.slot].placing
+            if placing is not None:
+                placing.put(piece.number * BLOCK_BYTES, data, self._target.at(placing.start, placing.window_bytes))
+            elif not (block.whole and (block.stored.frames or request.direct)):
+                self._target.at(piece.start, piece.raw_bytes)[:] = data
         with self._lock:
-            for _, number, _, size in block.pieces:
-                slot = self._plan.slots[number]
-                slot.missing_bytes -= size
-                if slot.missing_bytes == 0:
-                    complete.append(slot)
-        for slot in complete:
-            self._verify(slot)
-        with self._lock:
-            self._done_bytes += sum(piece[3] for piece in block.pieces)
+            self._done_bytes += sum(piece.raw_bytes for piece in block.pieces)
 
-    def _verify(self, slot: Slot) -> None:
-        if digest(self._target.at(slot.start, slot.raw_bytes)) != slot.digest:
+    def _verify(self, request: Request, piece: Piece, data: memoryview) -> None:
+        """Hold one piece, just read by this request, against its digest."""
+        tensor, chunk = self._plan.slots[piece.slot][:2]
+        if digest(data) != chunk.digest(piece.number):
             raise errors.DigestMismatchError(
-                f"the bytes of tensor {slot.path!r} differ from their digest", key=slot.key
+                f"the bytes of tensor {tensor.path!r} differ from their digest", key=request.key
             )

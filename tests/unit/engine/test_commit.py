@@ -56,7 +56,7 @@ class Attempt:
 
     def commit(self):
         receipts = self.put_shards()
-        end = self.plan.digests_offset + 32 * self.plan.chunk_count
+        end = self.plan.digests_offset + 32 * self.plan.piece_count
         digests = bytes(self.arena[self.plan.digests_offset : end])
         state = write_state(self.flat.values)
         return commits.commit(
