@@ -79,8 +79,8 @@ def _steps(store: Store) -> list[int]:
 def _look_at_record(store: Store, key: str) -> Record | Wrong:
     try:
         data = store.get(key, max_bytes=limits.RECORD_BYTES)
-    except errors.ObjectNotFoundError:
-        return rereading.missing(key)
+    except errors.ObjectNotFoundError as error:
+        return rereading.missing(key, error)
     except errors.ResourceLimitError:
         return _look_at_large_record(store, key)
     try:
@@ -100,8 +100,8 @@ def _record_mismatch(found: bytes, ending: bytes | bytearray) -> errors.DigestMi
 def _look_at_large_record(store: Store, key: str) -> Wrong:
     try:
         return _judge_large_record(store, key)
-    except errors.ObjectNotFoundError:
-        return rereading.missing(key)
+    except errors.ObjectNotFoundError as error:
+        return rereading.missing(key, error)
     except errors.CorruptCheckpointError as error:
         return rereading.wrong_size(error, lambda _: True)  # it became shorter under our hands: nothing is certain
 
@@ -168,8 +168,8 @@ def _file_look(ref: FileRef) -> Callable[[Store], bytes | Wrong]:
     def look(store: Store) -> bytes | Wrong:
         try:
             data = store.get(ref.key, max_bytes=ref.bytes)
-        except errors.ObjectNotFoundError:
-            return rereading.missing(ref.key)
+        except errors.ObjectNotFoundError as error:
+            return rereading.missing(ref.key, error)
         except errors.ResourceLimitError:
             longer = errors.CorruptCheckpointError(f"the file is longer than the {ref.bytes} bytes in its record")
             return rereading.wrong_size(longer, ref.bytes.__eq__)

@@ -90,6 +90,12 @@ def test_bytes_that_are_wrong_in_another_way_each_time_are_a_bad_path_and_never_
     assert isinstance(caught.value.__cause__, errors.DigestMismatchError)
 
 
+def test_a_bad_path_that_hits_the_same_few_bits_again_and_again_is_still_no_damage():
+    path = BadPath(stored(), spoil=lambda key, data, number, connection: flip(data, number % 3), deadline_s=100)
+    with pytest.raises(errors.StoreError, match="in 3 ways"):
+        read(path)
+
+
 def test_a_bad_path_that_lets_one_reading_through_before_the_deadline_gives_it():
     path = BadPath(stored(), spoil=lambda key, data, number, connection: number < 9 and flip(data, number))
     assert read(path) == GOOD
