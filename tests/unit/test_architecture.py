@@ -20,7 +20,7 @@ ROOMS = [
     {"store"},
     {"engine"},
     {"state"},
-    {"save", "saver", "launch", "planner", "request", "restore", "run", "export", "progress", "collector", "staging"},
+    {"save", "saver", "launch", "planner", "request", "restore", "run", "export", "progress", "staging"},
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]
