@@ -70,7 +70,8 @@ def restore(
     """Bring `state` (as it was given to `Saver.save`) back, in place.
 
     `"latest"` and `Best` pass over a damaged checkpoint, with a warning that names what is wrong, to the next one; a step asked
-    for by number raises. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
+    for by number raises. Bytes that change from reading to reading are no damage, but a `StoreError`; a checkpoint of a newer asyncckpt is
+    none either, but a `FormatVersionError`, also as the latest. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
     and not downloaded. Raises `CheckpointNotFoundError`, `StateMismatchError` or a `CorruptCheckpointError`; the
     state is then as it was, unless the message says that an object changed between its two readings.
     """

@@ -88,9 +88,9 @@ def _look_at_record(store: Store, key: str) -> Record | Wrong:
     except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
         with contextlib.suppress(errors.CheckpointError):
             error.at(attempt=Outline.parse(data, key).attempt)  # readable, and yet it breaks a rule
-        if isinstance(error, errors.DigestMismatchError):
-            error = _record_mismatch(digest(memoryview(data)[:-ENDING_BYTES]), data)
-        return rereading.wrong_file(error, data)
+        if not isinstance(error, errors.DigestMismatchError):
+            return rereading.wrong_file(error, data)
+        return rereading.wrong_file(_record_mismatch(digest(memoryview(data)[:-ENDING_BYTES]), data), data)
 
 
 def _record_mismatch(found: bytes, ending: bytes | bytearray) -> errors.DigestMismatchError:
@@ -174,13 +174,11 @@ def _file_look(ref: FileRef) -> Callable[[Store], bytes | Wrong]:
             longer = errors.CorruptCheckpointError(f"the file is longer than the {ref.bytes} bytes in its record")
             return rereading.wrong_size(longer, ref.bytes.__eq__)
         if len(data) != ref.bytes:
-            error = errors.CorruptCheckpointError(f"the file has {len(data)} bytes, its record states {ref.bytes}")
-            return rereading.wrong_file(error, data, ref.bytes)
+            other = errors.CorruptCheckpointError(f"the file has {len(data)} bytes, its record states {ref.bytes}")
+            return rereading.wrong_file(other, data, ref.bytes)
         found = digest(data)
-        return (
-            data
-            if found.hex() == ref.digest
-            else rereading.wrong_file(rereading.mismatch("the file's bytes", found, ref.digest), data)
-        )
+        if found.hex() != ref.digest:
+            return rereading.wrong_file(rereading.mismatch("the file's bytes", found, ref.digest), data)
+        return data
 
     return look

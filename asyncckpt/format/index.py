@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from asyncckpt.collector import seldom
 from asyncckpt.errors import RecordError, ResourceLimitError
 from asyncckpt.format import keys, limits, nodes, strict_json
 from asyncckpt.format.digest import Buffer, from_hex
@@ -30,6 +31,9 @@ __all__ = [
     "StoredBlock",
 ]
 
+_YOUNG_OBJECTS = (
+    50_000_000  # more than an index makes: nothing of it is garbage, and its parse takes seconds, not minutes
+)
 _CODECS = ("planes", "zstd", "none")
 
 
@@ -75,7 +79,8 @@ class Index:
         try:
             if len(data) > limits.INDEX_BYTES:
                 raise ResourceLimitError(f"an index of {len(data)} bytes is above {limits.INDEX_BYTES}")
-            return _parse(data)
+            with seldom(_YOUNG_OBJECTS):
+                return _parse(data)
         except ResourceLimitError as error:
             raise newer(str(error)) from error
 
@@ -168,10 +173,14 @@ def _shard(data: Any, codec: str) -> IndexedShard:
 def _frames(rows: list[Any], key: str) -> FrameTable:
     if set(map(type, rows)) != {list} or set(map(len, rows)) != {2}:
         raise RecordError("a shard whose frames are not rows of two sizes", key=key)
-    flat = list(chain.from_iterable(rows))
-    if set(map(type, flat)) != {int} or min(flat) < 1 or max(flat) > limits.SIZE:
+    if set(map(type, chain.from_iterable(rows))) != {int}:
+        raise RecordError("a frame of a size that is no number", key=key)
+    try:
+        sizes = np.fromiter(chain.from_iterable(rows), np.int64, 2 * len(rows)).reshape(-1, 2)
+    except OverflowError as error:
+        raise RecordError("a frame of a size that cannot be", key=key) from error
+    if sizes.min() < 1 or sizes.max() > limits.SIZE:
         raise RecordError("a frame of a size that cannot be", key=key)
-    sizes = np.array(flat, np.int64).reshape(-1, 2)
     raw, stored = sizes[:, 0], sizes[:, 1]
     for largest_bytes, limit_bytes in ((raw[0], limits.HEADER_BYTES), (raw[1:].max(initial=0), limits.BLOCK_BYTES)):
         if largest_bytes > limit_bytes:

@@ -45,9 +45,12 @@ class TensorRows:
                 raise newer(f"its index names the {what} {min(unknown)[:40]!r}")
         paths = [self._prefixes[group] + name for group, name in zip(groups, names, strict=True)]
         shapes = _extents(shapes)
+        kinds = list(zip(dtypes, layouts, strict=True))
+        for dtype, layout in set(kinds):
+            if layout == "planes" and not (self._codec == "planes" and DTYPES[dtype].planes):
+                raise RecordError(f"layout 'planes' of {dtype} under codec {self._codec!r}")
         if not _are(chunk_rows, list) or not all(chunk_rows):
             raise RecordError("a tensor without chunks")
-        kinds = list(zip(dtypes, layouts, strict=True))
         counts = list(map(len, chunk_rows))
         chunks = self._chunks(list(chain.from_iterable(chunk_rows)), kinds, counts)
         found, end = [], 0
@@ -57,14 +60,8 @@ class TensorRows:
             own = tuple(chunks[end : end + count])
             end += count
             _check_boxes(own, shape, path)
-            if layout == "planes" and not self._has_planes(dtype, own):
-                raise RecordError(f"layout {layout!r} cannot be", key=path)
             found.append(IndexedTensor(group, name, path, dtype, shape, layout, own))
         return found
-
-    def _has_planes(self, dtype: str, chunks: Sequence[IndexedChunk]) -> bool:
-        large = all(chunk.raw_bytes >= LARGE_BYTES for chunk in chunks)
-        return DTYPES[dtype].planes and self._codec == "planes" and large
 
     def _chunks(self, rows: list[Any], kinds: list[tuple[str, str]], counts: list[int]) -> list[IndexedChunk]:
         """All chunks of all tensors, in order."""
@@ -133,10 +130,12 @@ def _digests(digits: list[Any], raw_bytes: list[int]) -> list[bytes]:
 def _check_ranges(
     shards: list[int], raw_offsets: list[int], raw_bytes: list[int], kinds: list[tuple[str, str]]
 ) -> None:
-    """Two chunks name the same bytes of a shard, of one layout and element size, or bytes that do not overlap."""
+    """Two chunks name the same bytes of a shard, of one layout and element size, or bytes that do not overlap; planes have large ones."""
     codes = {kind: 2 * DTYPES[kind[0]].element_bytes + (kind[1] == "planes") for kind in set(kinds)}
     columns = (shards, raw_offsets, raw_bytes, map(codes.__getitem__, kinds))
     shard, start, size, code = (np.fromiter(column, np.int64, len(shards)) for column in columns)
+    if (size[code % 2 == 1] < LARGE_BYTES).any():
+        raise RecordError("layout 'planes' of a small chunk")
     order = np.lexsort((size, start, shard))
     order = order[size[order] > 0]
     shard, start, size, code = shard[order], start[order], size[order], code[order]

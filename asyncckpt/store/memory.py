@@ -19,7 +19,7 @@ class MemoryStore(Store):
     """Objects in a dict. `clock`: what stamps them, unix seconds."""
 
     rereads = True
-    patience = Patience((0.0,) * 4, 0.0)  # nothing lies between that could be better a moment later
+    patience = Patience((0.0, 0.0), 0.0)  # nothing lies between that could be better a moment later
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

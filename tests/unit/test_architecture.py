@@ -21,20 +21,7 @@ ROOMS = [
     {"checkpoints"},
     {"engine"},
     {"state"},
-    {
-        "save",
-        "saver",
-        "launch",
-        "planner",
-        "request",
-        "restore",
-        "run",
-        "export",
-        "progress",
-        "collector",
-        "staging",
-        "lineage",
-    },
+    {"save", "saver", "launch", "lineage", "planner", "request", "restore", "run", "export", "progress", "staging"},
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]

@@ -115,7 +115,7 @@ def test_bytes_that_stay_wrong_are_damage(road, part, codec, near, tmp_path):
         road(path, tmp_path)
     assert caught.value.step == 20
     assert part in caught.value.key
-    assert path.time.now_s < 10
+    assert path.time.now_s < 60
 
 
 @cases

@@ -1,5 +1,7 @@
 """Damage is what stays the same: what a reader concludes from readings that cannot be right."""
 
+from random import Random
+
 import pytest
 
 from asyncckpt import errors
@@ -53,12 +55,12 @@ def test_a_bit_that_flipped_on_the_way_is_read_again_over_another_connection_and
     assert path.read_bytes == 2 * SIZE
 
 
-def test_three_readings_of_the_same_wrong_bytes_are_damage():
+def test_the_same_wrong_bytes_at_eight_readings_within_nine_seconds_are_damage():
     path = BadPath(stored(), spoil=lambda key, data, number, connection: flip(data))
     with pytest.raises(errors.DigestMismatchError) as caught:
         read(path)
-    assert path.used == [0, 1, 2]
-    assert path.time.now_s == pytest.approx(1.1)
+    assert path.used == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert path.time.now_s == pytest.approx(9)
     assert caught.value.key == KEY
     wrong = bytearray(GOOD)
     flip(wrong)
@@ -72,12 +74,11 @@ def test_the_same_wrong_bytes_from_one_connection_alone_are_no_damage():
     assert path.used == [0, 1]
 
 
-def test_the_same_wrong_bytes_three_times_among_others_are_damage():
+def test_what_most_readings_agree_on_is_damage_whatever_else_one_of_them_got():
     path = BadPath(stored(), spoil=lambda key, data, number, connection: flip(data, 9 if number == 2 else 0))
     with pytest.raises(errors.DigestMismatchError):
         read(path)
-    assert len(path.used) == 4
-    assert path.time.now_s == pytest.approx(4.1)
+    assert len(path.used) == 8
 
 
 def test_bytes_that_are_wrong_in_another_way_each_time_are_a_bad_path_and_never_damage():
@@ -106,7 +107,14 @@ def test_a_short_deadline_still_allows_the_readings_that_tell_damage_from_a_bad_
     path = BadPath(stored(), spoil=lambda key, data, number, connection: flip(data, number), deadline_s=deadline_s)
     with pytest.raises(errors.StoreError, match="bytes change"):
         read(path)
-    assert len(path.used) == 5
+    assert len(path.used) == 8
+
+
+def test_a_path_that_spoils_the_same_bit_in_three_of_ten_answers_is_no_damage():
+    random = Random(1)
+    for _ in range(1000):
+        path = BadPath(stored(), spoil=lambda key, data, number, connection: random.random() < 0.3 and flip(data))
+        assert read(path) == GOOD
 
 
 def test_a_range_that_was_read_with_others_counts_as_the_first_reading():
@@ -116,7 +124,7 @@ def test_a_range_that_was_read_with_others_counts_as_the_first_reading():
     first = errors.DigestMismatchError("differ")
     with pytest.raises(errors.DigestMismatchError):
         reread_range(path, KEY, OFFSET, memoryview(wrong), check, error=first)
-    assert path.used == [1, 2]
+    assert path.used == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_one_404_is_nothing():
@@ -139,8 +147,8 @@ def test_an_object_that_LIST_does_not_show_either_is_missing_after_nine_seconds(
     with pytest.raises(errors.MissingShardError) as caught:
         read(path)
     assert caught.value.key == KEY
-    assert path.time.now_s == pytest.approx(9.1)
-    assert len(path.used) == 5
+    assert path.time.now_s == pytest.approx(9)
+    assert len(path.used) == 8
 
 
 def test_an_object_that_LIST_shows_is_never_missing():
@@ -166,7 +174,7 @@ def test_an_object_that_is_too_short_is_damage_where_HEAD_and_LIST_agree():
     path = BadPath(store)
     with pytest.raises(errors.CorruptCheckpointError, match="ends before"):
         read(path)
-    assert len(path.used) == 3
+    assert len(path.used) == 8
     assert path.gets["head"] == path.gets["list"] == 1
 
 
