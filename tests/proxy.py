@@ -22,7 +22,8 @@ class Proxy:
     each direction of each connection. `truncate_response_bytes`: an answer is cut behind so many bytes.
     `drop_responses`: so many answers are lost: the request was forwarded, the connection is reset instead of its answer.
     `hide`: GETs whose request line it accepts are answered with S3's 404 and not forwarded. `flips`: asked for every piece of an answer
-    that is certainly body (4 KiB behind its beginning); a bit is flipped in the middle of it. `connections`: how many were accepted.
+    that is certainly body (4 KiB behind its beginning); a bit is flipped in the middle of it.
+    `flip_requests`: in so many bodies one bit changes on its way to the server. `connections`: how many were accepted.
     """
 
     def __init__(self, url: str) -> None:
@@ -38,6 +39,7 @@ class Proxy:
         self.drop_responses = 0
         self.hide: Callable[[str], bool] = lambda _: False
         self.flips: Callable[[], bool] = lambda: False
+        self.flip_requests = 0
         self.connections = 0
         self._down = False
         self._lock = threading.Lock()
@@ -91,7 +93,7 @@ class Proxy:
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open |= {client, server}
-            state = {"answered_bytes": 0}
+            state = {"answered_bytes": 0, "flipped": 0}
             for source, target, is_answer in ((client, server, False), (server, client, True)):
                 arguments = (source, target, is_answer, state)
                 thread = threading.Thread(target=self._pump, args=arguments, daemon=True)
@@ -113,6 +115,7 @@ class Proxy:
                         head = f"HTTP/1.1 404 Not Found\r\nContent-Length: {len(_NOT_FOUND)}\r\n\r\n"
                         source.sendall(head.encode() + _NOT_FOUND)
                         continue
+                    piece = self._flipped(piece, state)
                 elif not piece.startswith(b"HTTP/1.1 100 ") and not self._lets_pass(piece, target, state):
                     break
                 target.sendall(piece)
@@ -126,6 +129,18 @@ class Proxy:
                     one.shutdown(socket.SHUT_RDWR)
                 if is_answer:
                     one.close()
+
+    def _flipped(self, piece: bytes, state: dict[str, int]) -> bytes:
+        if piece.startswith((b"PUT ", b"POST ", b"GET ", b"HEAD ", b"DELETE ")):
+            state["flipped"] = 0
+        if len(piece) < 8192 or state["flipped"]:
+            return piece
+        with self._lock:
+            if not self.flip_requests:
+                return piece
+            self.flip_requests -= 1
+        state["flipped"] = 1
+        return piece[:-1] + bytes([piece[-1] ^ 0x10])
 
     def _lets_pass(self, piece: bytes, client: socket.socket, state: dict[str, int]) -> bool:
         with self._lock:
