@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.marks import read_mark
+from asyncckpt.checkpoints.rereading import Wrong, certain
 from asyncckpt.format import keys, limits
-from asyncckpt.format.digest import Hasher
+from asyncckpt.format.digest import Hasher, digest
 from asyncckpt.format.record import ENDING_BYTES, Outline, Record, digest_in, is_sealed, newer
 from asyncckpt.format.strict_json import FORMAT
 from asyncckpt.store.base import Entry, Store, Version
 
 STUMP_S = 5.0
 """An index must be missing at two readings so far apart before its record may be replaced: one wrong 404 must never cost a checkpoint."""
-_READINGS = 3  # of a record that seems damaged, until two in a row are equal
 _PIECE_BYTES = 4 * 2**20
 _HELD_BYTES = 8 * limits.RECORD_BYTES  # of a record that is too large to be one, so that it can be replaced
 _FOLDER = re.compile(rb"step-[0-9]{10,18}/[a-z0-9][a-z0-9._-]{0,127}/")
@@ -81,22 +81,25 @@ def survey(store: Store) -> Listing:
 def judge(store: Store, step: int) -> Standing | None:
     """What stands at the step; None if there is no record.
 
-    Damage is what stays the same: a record is damaged only if two readings in a row, on different connections, gave the same bytes. If they
-    never do, `StoreError`.
+    It is damaged only where enough readings, on connections of their own, say the same (see `rereading`). Where they differ, `StoreError`.
     """
     key = keys.record_key(step)
-    standing = _read(store, step, key)
-    for _ in range(_READINGS - 1):
-        if standing is None or not standing.damaged:
-            return standing
-        before = standing
-        with store.afresh() as fresh:
-            standing = _read(fresh, step, key)
-        if standing is not None and standing.version == before.version:
-            return standing
-    if standing is None or not standing.damaged:
-        return standing
-    raise errors.StoreError("the bytes of this record change on the way: every reading gave others", step=step, key=key)
+    damaged: Standing | None = None
+
+    def look(place: Store) -> Standing | Wrong | None:
+        nonlocal damaged
+        found = _read(place, step, key)
+        if found is None or not found.damaged:
+            return found
+        damaged = found
+        assert found.error is not None
+        evidence = digest(found.version.data) if found.version is not None else found.error.message
+        return Wrong(found.error, evidence)
+
+    try:
+        return certain(store, key, look)
+    except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError):
+        return damaged
 
 
 def _read(store: Store, step: int, key: str) -> Standing | None:

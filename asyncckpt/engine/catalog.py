@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints import rereading
 from asyncckpt.checkpoints.marks import is_marked
-from asyncckpt.engine import rereading
-from asyncckpt.engine.rereading import Wrong
+from asyncckpt.checkpoints.rereading import Wrong
 from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import Hasher, digest
 from asyncckpt.format.index import Index

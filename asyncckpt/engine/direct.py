@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, refused
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.fetch import Progress, Scratch
 from asyncckpt.engine.ranges import slots_of, whole_of
-from asyncckpt.engine.rereading import Wrong, certain, mismatch, read_into, refused
 from asyncckpt.format.digest import Hasher
 from asyncckpt.format.index import Index
 from asyncckpt.format.limits import BLOCK_BYTES

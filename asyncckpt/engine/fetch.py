@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, reread_range
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.pages import anonymous_map
 from asyncckpt.engine.ranges import Block, FetchPlan, Piece, Request, plan_fetch
-from asyncckpt.engine.rereading import Wrong, certain, mismatch, read_into, reread_range
 from asyncckpt.format.box import Box
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decode_block

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from asyncckpt import errors
-from asyncckpt.engine import rereading
+from asyncckpt.checkpoints import rereading
+from asyncckpt.checkpoints.rereading import Wrong
 from asyncckpt.engine.fetch import fetch
-from asyncckpt.engine.rereading import Wrong
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import decompress

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from asyncckpt import errors
-from asyncckpt.engine.rereading import mismatch, read_range, reread_range
+from asyncckpt.checkpoints.rereading import mismatch, read_range, reread_range
 from asyncckpt.format.digest import digest
 from asyncckpt.store.base import Entry, Patience
 from asyncckpt.store.memory import MemoryStore
