@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, refused
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
-from asyncckpt.engine.fetch import Progress, Scratch, read_shard
+from asyncckpt.engine.fetch import Progress, Scratch
 from asyncckpt.engine.ranges import slots_of, whole_of
 from asyncckpt.format.digest import Hasher
 from asyncckpt.format.index import Index
@@ -102,21 +103,36 @@ class _Reading:
         return serve
 
     def _serve(self, piece: _Piece, scratch: memoryview) -> None:
+        def look(store: Store) -> Wrong | None:
+            return self._look(store, piece, scratch)
+
+        certain(self._store, piece.key, look, stopped=self._is_stopped)
+        with self._lock:
+            self._done_bytes += piece.raw_bytes
+
+    def _look(self, store: Store, piece: _Piece, scratch: memoryview) -> Wrong | None:
+        """One reading; what is wrong with it."""
         hasher = Hasher()
         place = None if self._places is None else self._places[piece.path][piece.start : piece.start + piece.raw_bytes]
         for done in range(0, piece.raw_bytes, _READ_BYTES):
             if self._crew.failed:
-                return
+                return None
             size = min(_READ_BYTES, piece.raw_bytes - done)
             target = scratch[:size] if place is None else place[done : done + size]
-            read_shard(self._store, piece.key, piece.offset + done, target)
+            if wrong := read_into(store, piece.key, piece.offset + done, target):
+                return wrong
             hasher.update(target)
-            with self._lock:
-                self._done_bytes += size
-        if hasher.digest() != piece.digest:
-            if place is None:
-                raise errors.DigestMismatchError(f"the bytes of tensor {piece.path!r} differ from their digest")
-            raise errors.DigestMismatchError(f"the bytes of tensor {piece.path!r} changed while they were restored")
+        found = hasher.digest()
+        if found == piece.digest:
+            return None
+        what = f"the bytes of tensor {piece.path!r}"
+        error = mismatch(
+            what if place is None else f"{what}, which changed while they were restored,", found, piece.digest.hex()
+        )
+        return refused(error, piece.offset, piece.raw_bytes, found)
+
+    def _is_stopped(self) -> bool:
+        return self._crew.failed
 
 
 def _pieces(index: Index, path: str) -> Iterator[_Piece]:

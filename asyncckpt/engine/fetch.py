@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, reread_range
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.pages import anonymous_map
@@ -56,7 +57,8 @@ def fetch(
     `boxes`: what alone is wanted of some of them, as offsets and sizes; the view then holds that box in row-major order.
     Every piece that a digest covers is verified before the tensor is returned, also where only some of it is wanted.
     `threads`: None takes what the store gains from. The first error ends the others and is raised; no thread is left behind.
-    Raises `MissingShardError`, `DigestMismatchError` or `CorruptCheckpointError` with the shard's key.
+    What cannot be right is read again until it is certain (see `rereading`). Then raises `MissingShardError`, `DigestMismatchError` or
+    `CorruptCheckpointError` with the shard's key; or a `StoreError` where it changes from reading to reading.
     """
     names = list(dict.fromkeys(paths))
     places = places or {}
@@ -75,14 +77,6 @@ def fetch(
 def default_threads(store: Store) -> int:
     """Requests side by side: 32 where connections are the limit, the usable cores where the processor is."""
     return REMOTE_THREADS if store.min_part_bytes > 1 else usable_cores()
-
-
-def read_shard(store: Store, key: str, offset: int, target: memoryview) -> None:
-    """Fill `target` from a shard; one that is not there is a `MissingShardError`."""
-    try:
-        store.get_into(key, offset, target)
-    except errors.ObjectNotFoundError as error:
-        raise errors.MissingShardError("an object that the index names is gone", key=key) from error
 
 
 class Scratch:
@@ -152,23 +146,49 @@ class _Fetch:
 
     def _serve(self, request: Request, stored: Scratch, plain: Scratch) -> None:
         if request.direct:
-            target = self._target.at(request.blocks[0].pieces[0].start, request.stored_bytes)
-            self._read(request, target)
-            for block in request.blocks:
-                self._take(request, block, target[block.stored.stored_offset - request.offset :])
-            return
-        data = stored.take(request.stored_bytes)
-        self._read(request, data)
-        with self._decoding:
-            for block in request.blocks:
-                if self._crew.failed:
-                    return
-                self._take(
-                    request, block, self._decode(block, data[block.stored.stored_offset - request.offset :], plain)
-                )
+            data = self._target.at(request.blocks[0].pieces[0].start, request.stored_bytes)
+            self._read(request, data)
+            wrong = self._land(request, data, plain)
+        else:
+            data = stored.take(request.stored_bytes)
+            self._read(request, data)
+            with self._decoding:
+                wrong = self._land(request, data, plain)
+        for block, error in wrong:
+            self._land_again(request, block, _stored(request, block, data), plain, error)
 
     def _read(self, request: Request, target: memoryview) -> None:
-        read_shard(self._store, request.key, request.offset, target)
+        def look(store: Store) -> Wrong | None:
+            return read_into(store, request.key, request.offset, target)
+
+        certain(self._store, request.key, look, stopped=self._is_stopped)
+
+    def _land(self, request: Request, data: memoryview, plain: Scratch) -> list[tuple[Block, errors.CheckpointError]]:
+        """Bring each block of what was read where it belongs; those that cannot be right, and why."""
+        wrong: list[tuple[Block, errors.CheckpointError]] = []
+        for block in request.blocks:
+            if self._crew.failed:
+                break
+            try:
+                self._take(request, block, self._decode(block, _stored(request, block, data), plain))
+            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+                wrong.append((block, error))
+        return wrong
+
+    def _land_again(
+        self, request: Request, block: Block, data: memoryview, plain: Scratch, error: errors.CheckpointError
+    ) -> None:
+        """Read one block again until it is certain. Nobody else's decoding waits for that."""
+
+        def land(stored: memoryview) -> None:
+            with self._decoding:
+                self._take(request, block, self._decode(block, stored, plain))
+
+        offset = block.stored.stored_offset
+        reread_range(self._store, request.key, offset, data, land, error=error, stopped=self._is_stopped)
+
+    def _is_stopped(self) -> bool:
+        return self._crew.failed
 
     def _decode(self, block: Block, data: memoryview, plain: Scratch) -> memoryview:
         """The plain bytes of a block: where they belong already, or in scratch memory."""
@@ -195,7 +215,12 @@ class _Fetch:
     def _verify(self, request: Request, piece: Piece, data: memoryview) -> None:
         """Hold one piece, just read by this request, against its digest."""
         tensor, chunk = self._plan.slots[piece.slot][:2]
-        if digest(data) != chunk.digest(piece.number):
-            raise errors.DigestMismatchError(
-                f"the bytes of tensor {tensor.path!r} differ from their digest", key=request.key
-            )
+        found, stated = digest(data), chunk.digest(piece.number)
+        if found != stated:
+            raise mismatch(f"the bytes of tensor {tensor.path!r}", found, stated.hex()).at(key=request.key)
+
+
+def _stored(request: Request, block: Block, data: memoryview) -> memoryview:
+    """A block's stored bytes in what a request read."""
+    start = block.stored.stored_offset - request.offset
+    return data[start : start + block.stored.stored_bytes]

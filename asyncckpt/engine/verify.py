@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from asyncckpt import errors
+from asyncckpt.checkpoints import rereading
+from asyncckpt.checkpoints.rereading import Wrong
 from asyncckpt.engine.fetch import fetch
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
@@ -28,14 +30,7 @@ def verify_objects(store: Store, index: Index, folder: str) -> None:
     """
     named = _named(index)
     for number, shard in enumerate(index.shards):
-        try:
-            _check_size(store, shard)
-            header = _header(store, shard)
-        except errors.CheckpointError as error:
-            error.at(key=shard.key)
-            raise
-        if digest(header) != shard.header_digest:
-            raise errors.DigestMismatchError("the shard's header differs from its digest", key=shard.key)
+        header = _read_header(store, shard)
         try:
             described = parse_header(header, shard.raw_bytes)
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
@@ -46,29 +41,49 @@ def verify_objects(store: Store, index: Index, folder: str) -> None:
         fetch(store, index, paths)
 
 
-def _check_size(store: Store, shard: IndexedShard) -> None:
+def _read_header(store: Store, shard: IndexedShard) -> bytes:
+    """The header of a shard that has the size that the index states, verified."""
+
+    def size(place: Store) -> Wrong | None:
+        return _look_at_size(place, shard)
+
+    def header(place: Store) -> bytes | Wrong:
+        return _look_at_header(place, shard)
+
+    rereading.certain(store, shard.key, size)
+    return rereading.certain(store, shard.key, header)
+
+
+def _look_at_size(store: Store, shard: IndexedShard) -> Wrong | None:
     entry = store.head(shard.key)
     if entry is None:
-        raise errors.MissingShardError("an object that the index names is gone")
-    if entry.stored_bytes != shard.stored_bytes:
-        raise errors.CorruptCheckpointError(
-            f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
-        )
+        return rereading.missing(shard.key)
+    if entry.stored_bytes == shard.stored_bytes:
+        return None
+    text = f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
+    return rereading.wrong_size(errors.CorruptCheckpointError(text), shard.stored_bytes.__eq__)
 
 
-def _header(store: Store, shard: IndexedShard) -> bytes:
-    if len(shard.frames):
-        data = bytearray(int(shard.frames.stored[1]))
-        store.get_into(shard.key, 0, memoryview(data))
-        return decompress(data, int(shard.frames.raw[1]))
-    length = bytearray(_LENGTH_BYTES)
-    store.get_into(shard.key, 0, memoryview(length))
-    size = _LENGTH_BYTES + int.from_bytes(length, "little")
-    if size > min(HEADER_BYTES, shard.raw_bytes):
-        raise errors.CorruptCheckpointError(f"a header of {size} bytes in a shard of {shard.raw_bytes}")
-    data = bytearray(size)
-    store.get_into(shard.key, 0, memoryview(data))
-    return bytes(data)
+def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
+    data = bytearray(int(shard.frames.stored[1]) if len(shard.frames) else _LENGTH_BYTES)
+    if wrong := rereading.read_into(store, shard.key, 0, memoryview(data)):
+        return wrong
+    try:
+        if len(shard.frames):
+            header = decompress(data, int(shard.frames.raw[1]))
+        else:
+            size = _LENGTH_BYTES + int.from_bytes(data, "little")
+            if size > min(HEADER_BYTES, shard.raw_bytes):
+                raise errors.CorruptCheckpointError(f"a header of {size} bytes in a shard of {shard.raw_bytes}")
+            data = bytearray(size)
+            if wrong := rereading.read_into(store, shard.key, 0, memoryview(data)):
+                return wrong
+            header = bytes(data)
+        if digest(header) != shard.header_digest:
+            raise rereading.mismatch("the shard's header", digest(header), shard.header_digest.hex())
+    except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+        return rereading.refused(error, 0, len(data), digest(data))
+    return header
 
 
 def _named(index: Index) -> dict[int, set[Described]]:
