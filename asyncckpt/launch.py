@@ -85,14 +85,14 @@ class Launcher:
         save = self._ledger.new(request.step, started_s)
         arena: Arena | None = None
         try:
-            flat = self._flattener.flatten(state)
+            if wait:
+                self._arenas.wait_free()  # before the state is read: other threads may change it meanwhile
+            flat = self._flattener.flatten(
+                state
+            )  # once: a state_dict() may be a collective, and the others call it once
             planned = self._planner.next(flat.structure)
-            while (arena := self._take(planned.plan)) is None:
-                if not wait:
-                    return None
-                self._arenas.wait_free()
-                flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
-                planned = self._planner.next(flat.structure)
+            if (arena := self._take(planned.plan)) is None:
+                return None
             self._ledger.open(save)
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)
@@ -109,6 +109,10 @@ class Launcher:
             self._undo(save, arena, error)
             raise
         return save
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """What rank 0 does before it starts, on the other ranks: the same errors, and their part of a `state_dict()` that is a collective."""
+        self._flattener.flatten(state, elsewhere=True)
 
     def provide(self, state: Mapping[str, Any]) -> None:
         """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""

@@ -23,6 +23,7 @@ from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.options import Best, S3Options, StepChoice
 from asyncckpt.staging import bring, fetch_tensors, shown_progress
+from asyncckpt.state import replicas
 from asyncckpt.state import tree as trees
 from asyncckpt.state.statefile import read_state
 from asyncckpt.state.stateful import plan_restore
@@ -138,6 +139,7 @@ def restore_from(
         raise errors.StateMismatchError(
             f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
         )
+    replicas.check(state, "restore")
 
     def read(number: int) -> Restored:
         record = read_record(store, number)

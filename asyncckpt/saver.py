@@ -8,9 +8,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from asyncckpt import errors, events, progress
 from asyncckpt.engine.catalog import find_checkpoints
@@ -36,9 +38,13 @@ from asyncckpt.options import (
 from asyncckpt.request import SaveRequest
 from asyncckpt.restore import Restored, restore_from, set_aside
 from asyncckpt.save import Ledger, Save
+from asyncckpt.state import replicas
 from asyncckpt.state.ranks import rank
+from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store, parse_url
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger("asyncckpt")
 _savers: "set[Saver]" = set()  # those with an engine and not closed: dropped ones finish their saves too
@@ -67,7 +73,8 @@ class Saver:
         hooks: Called with every event, see `asyncckpt.events`.
 
     A Saver belongs to one process and may be used from several threads. With `torch.distributed` initialised, rank 0 writes
-    the replicated state and `save()` returns at once on the others.
+    the replicated state; call `save()` on every rank, so that all are told alike what cannot be stored. On the others it checks the
+    state and returns.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class Saver:
             shared=self._engine_name == "service",
         )
         self._launcher.overlap = overlap
+        self._restored: list[RNG] = []  # until the next `batches()`
         self._closed = False
 
     # -- saving
@@ -137,14 +145,18 @@ class Saver:
         by its `step()`, until `wait_staged()`. Otherwise returns when the snapshot is complete. Blocks, too, while all arenas
         are in flight (`when_full="wait"`). `metrics`: numbers by name, for `Best`. `pin`: retention never removes it.
 
-        Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, `QueueFullError` with
+        Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, also for what each of several
+        ranks has of its own (`RNG`, loaders, samplers: see `Replicated`), `QueueFullError` with
         `when_full="raise"`, and never the failure of an earlier save, of which it warns.
         """
         started_s = time.perf_counter()
         self._check_usable()
         request = SaveRequest(step, metrics or {}, epoch, tags, pin, self._on_exists, self._config)
         self._ledger.report_earlier(step)
+        replicas.check(state, "save")
         if rank() != 0:
+            with self._lock:
+                self._launcher.check(state)
             save = Save(step, 0, started_s)
             save._conclude(SaveReport(step, skipped="rank 0 writes replicated state"), None)
             return save
@@ -177,10 +189,12 @@ class Saver:
         Optional; returns before the pages are touched. Call it when the optimizer holds its state already (or after the first step).
         """
         self._check_usable()
-        if rank() != 0:
-            return
+        replicas.check(state, "save")
         with self._lock:
-            self._launcher.provide(state)
+            if rank() != 0:
+                self._launcher.check(state)
+            else:
+                self._launcher.provide(state)
 
     # -- restoring
 
@@ -196,11 +210,34 @@ class Saver:
         restored = found.restored
         if restored is None:
             return None
+        self._restored = replicas.generators(state)
         if rank() == 0:
             set_aside(self._store, found.damaged, restored=restored.step)
         if max(set(find_checkpoints(self._store).good).difference(found.damaged), default=-1) > restored.step:
             self._on_exists = "raise"
         return restored
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """`iter(loader)`, with the random numbers of the checkpoint: `for batch in saver.batches(loader)`.
+
+        `iter()` of a torch DataLoader draws from torch's generator, which would put every later number off. So the first call after a
+        `restore()` whose state holds an `RNG` puts the generators back behind it, before the first batch is drawn; every other call is
+        `iter(loader)`. A resumed run is then exact with `num_workers=0`, and with workers that draw nothing. Warns where `iter(loader)` is a
+        generator (accelerate's loaders): it begins to draw later, with the first batch.
+        """
+        self._check_usable()
+        batches = iter(loader)
+        restored, self._restored = self._restored, []
+        if restored and isinstance(batches, types.GeneratorType):
+            warnings.warn(
+                f"iter() of a {type(loader).__name__} is a generator, which draws its random numbers with the first batch: the resumed run "
+                "will not repeat the uninterrupted one exactly. Give saver.batches() the loader that it wraps",
+                UserWarning,
+                stacklevel=2,
+            )
+        for generators in restored:
+            generators.restore_again()
+        return batches
 
     # -- the end
 

@@ -206,8 +206,8 @@ class Flattener:
         self._ties: tuple[tuple[int, int], ...] = ()
         self._positions: Positions = ()
 
-    def flatten(self, state: Mapping[Any, Any]) -> Flat:
-        """Walk the state and check all of it.
+    def flatten(self, state: Mapping[Any, Any], *, elsewhere: bool = False) -> Flat:
+        """Walk the state and check all of it. `elsewhere`: another rank stores it.
 
         Raises:
             UnsupportedTensorError: A tensor that cannot be stored exactly; nothing was started.
@@ -215,7 +215,7 @@ class Flattener:
         """
         if not isinstance(state, Mapping):
             raise UnsupportedObjectError(f"the state is a dict of what to save, not {type(state).__name__}")
-        walk = Walk(state, self._seen)
+        walk = Walk(state, self._seen, elsewhere=elsewhere)
         self._seen = walk.seen
         leaves = walk.leaves
         if self._description is None or walk.tokens != self._tokens:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
-from asyncckpt.state.capture import capture_module, is_stateful, unwrap
+from asyncckpt.state.capture import Replicated, capture_module, is_gathered_on_one_rank, is_stateful, unwrap
 from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
 from asyncckpt.state.packing import TENSOR_KINDS, Packed, Seen, pack
 
@@ -70,10 +70,13 @@ class Refusal:
 class Walk:
     """One pass over a state: `tokens` (its structure), `leaves` (tensors), `values`, `optimizers`, in depth-first order.
 
-    `before`: what the last walk has `seen` of its optimizers. It saves time, and changes nothing.
+    `before`: what the last walk has `seen` of its optimizers. It saves time, and changes nothing. `elsewhere`: another rank stores the state.
     """
 
-    def __init__(self, state: Mapping[Any, Any], before: Sequence[Seen | None] = ()) -> None:
+    def __init__(
+        self, state: Mapping[Any, Any], before: Sequence[Seen | None] = (), *, elsewhere: bool = False
+    ) -> None:
+        self._elsewhere = elsewhere
         self.tokens: list[Any] = [dict, len(state), *state]
         self.leaves: list[torch.Tensor] = []
         self.values: list[Any] = []
@@ -156,6 +159,8 @@ class Walk:
     def _other(self, child: Any, kind: type) -> None:
         if kind is np.ndarray:
             self._array(child)
+        elif kind is Replicated:
+            self._enter(child, (child.value,))
         elif isinstance(child, np.generic) and child.dtype.name in NUMPY_SCALARS:
             self.tokens.append(NUMPY_SCALARS[child.dtype.name])
             self.values.append(child.item())
@@ -188,7 +193,9 @@ class Walk:
                 names, children = capture_module(thing)
             elif optimizer is not None:
                 packed = pack(optimizer, self._before[len(self.seen)] if len(self.seen) < len(self._before) else None)
-            if names is None and packed is None:
+            if self._elsewhere and is_gathered_on_one_rank(thing):
+                names = []
+            elif names is None and packed is None:
                 children = [thing.state_dict()]
         except Exception as error:
             raise SnapshotError(f"state_dict() of a {type(thing).__qualname__} raised {error!r}") from error
