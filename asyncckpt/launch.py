@@ -247,7 +247,7 @@ class Launcher:
             time_s=time.time(),
             epoch=request.epoch,
             metrics=dict(request.metrics),
-            config=request.config,
+            config=request.config.value,
             tags=tuple(request.tags),
             pinned=request.pinned,
             versions=_versions(),

@@ -18,7 +18,7 @@ from asyncckpt.collector import seldom
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record, read_values
 from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.resolve import first_good
-from asyncckpt.format import keys
+from asyncckpt.format import keys, limits
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.options import Best, S3Options, StepChoice
@@ -219,6 +219,9 @@ def _specs(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:
 def read_values_of(store: Store, record: Record) -> dict[str, Any]:
     """Everything that is no tensor: path to value."""
     values: dict[str, Any] = {}
+    if sum(ref.bytes for ref in record.states) > limits.STATE_BYTES:
+        reason = f"its state files have more than {limits.STATE_BYTES} bytes in all"
+        raise errors.ResourceLimitError(reason, step=record.step, attempt=record.attempt)
     for ref, data in zip(record.states, read_values(store, record), strict=True):
         try:
             values |= read_state(data)

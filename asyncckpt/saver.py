@@ -22,7 +22,6 @@ from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.events import SaveReport
-from asyncckpt.format.record import check_config
 from asyncckpt.launch import Launcher
 from asyncckpt.options import (
     Codec,
@@ -35,7 +34,7 @@ from asyncckpt.options import (
     check_choices,
     check_rules,
 )
-from asyncckpt.request import SaveRequest
+from asyncckpt.request import Config, SaveRequest
 from asyncckpt.restore import Restored, restore_from, set_aside
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state import replicas
@@ -97,14 +96,13 @@ class Saver:
         check_choices(codec=codec, when_full=when_full, on_exists=on_exists, engine=engine)
         if pending < 1 or (workers is not None and workers < 1):
             raise ValueError("pending and workers are at least 1")
-        check_config(config)
         check_rules(keep)
         if store is not None and not isinstance(store, S3Options | Store):
             raise TypeError(f"store is asyncckpt.S3Options(...) or a Store, not {type(store).__name__}")
         self.url = os.fspath(url) if isinstance(store, Store) else str(parse_url(url))
         self._when_full = when_full
         self._on_exists: OnExists = on_exists
-        self._config = config
+        self._config = Config.of(config)
         self._hooks = events.Hooks(tuple(hooks))
         self._keep = tuple(keep)
         self._workers = workers or default_workers()

@@ -168,7 +168,7 @@ class Matching:
 
     def compare(self, node: Any, path: str, dtype: str, shape: tuple[int, ...]) -> bool:
         """Is there a tensor of this dtype and shape? If so it will be asked for."""
-        if node not in ("tensor", "ndarray"):
+        if node not in ("tensor", "ndarray"):  # long bytes are no tensor to users
             self.problems.append(f"{path}: a tensor in the state, {_kind(node)} in the checkpoint")
             return False
         stored_dtype, stored_shape = self.spec(path)

@@ -3,6 +3,7 @@
 The same tokens as last time mean the same structure. Nothing here builds a path: the walk runs at every save.
 """
 
+import ctypes
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
@@ -19,6 +20,11 @@ from asyncckpt.state.packing import TENSOR_KINDS, Packed, Seen, pack
 MAX_DEPTH = 64
 VALUE = "value"
 """Token and tree leaf of a plain value."""
+BYTES = "bytes"
+"""Tree leaf of long `bytes`, which travel as a tensor."""
+LEAVES = ("tensor", "ndarray", BYTES)
+"""Tree leaves whose content is a tensor."""
+LONG_BYTES = 2**20
 OPTIMIZER = "optimizer"
 """Token in front of an optimizer: the next of `Walk.optimizers` stands here."""
 
@@ -70,6 +76,7 @@ class Refusal:
 class Walk:
     """One pass over a state: `tokens` (its structure), `leaves` (tensors), `values`, `optimizers`, in depth-first order.
 
+    `text_bytes`: of what stands in sequences, at most.
     `before`: what the last walk has `seen` of its optimizers. It saves time, and changes nothing. `elsewhere`: another rank stores the state.
     """
 
@@ -80,6 +87,7 @@ class Walk:
         self.tokens: list[Any] = [dict, len(state), *state]
         self.leaves: list[torch.Tensor] = []
         self.values: list[Any] = []
+        self.text_bytes = 0
         self.optimizers: list[torch.optim.Optimizer] = []
         self.seen: list[Seen | None] = []
         self._before = before
@@ -119,6 +127,10 @@ class Walk:
                 tokens.append(torch.Tensor)
                 leaves.append(child)
             elif kind in SCALARS or kind in CONSTANTS:
+                if kind is bytes and len(child) >= LONG_BYTES:
+                    tokens.append(bytes)
+                    leaves.append(_shown(child))
+                    continue
                 if (kind is int or kind is bytes) and _unreadable((child,), {kind}):
                     tokens.append(Refusal(UnsupportedObjectError, _UNREADABLE))
                 tokens.append(VALUE)
@@ -145,7 +157,12 @@ class Walk:
     def _sequence(self, child: Any, kind: type) -> None:
         """A sequence of plain scalars is one value; it is copied, so that the user may go on appending."""
         kinds = set(map(type, child))
-        if kinds <= SCALARS:
+        long = (
+            bytes in kinds and kind is not set and any(type(one) is bytes and len(one) >= LONG_BYTES for one in child)
+        )
+        if kinds <= SCALARS and not long:
+            if bytes in kinds or str in kinds:
+                self.text_bytes += 4 * sum(len(one) for one in child if type(one) is str or type(one) is bytes)
             if _unreadable(child, kinds):
                 self.tokens.append(Refusal(UnsupportedObjectError, _UNREADABLE))
             self.tokens.append(VALUE)
@@ -233,6 +250,15 @@ class Walk:
             self.leaves += children
         else:
             self._enter(container, children)
+
+
+def _shown(value: bytes) -> torch.Tensor:
+    """The memory of `value`, which is only read; not a copy."""
+    content: Any = (ctypes.c_char * len(value)).from_address(
+        ctypes.cast(ctypes.c_char_p(value), ctypes.c_void_p).value or 0
+    )
+    content.owner = value  # lives as long as the tensor
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def _unreadable(values: Collection[Any], kinds: set[type]) -> bool:
