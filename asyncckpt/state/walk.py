@@ -157,6 +157,9 @@ class Walk:
     def _sequence(self, child: Any, kind: type) -> None:
         """A sequence of plain scalars is one value; it is copied, so that the user may go on appending."""
         kinds = set(map(type, child))
+        if Replicated in kinds:
+            child = kind(one.value if type(one) is Replicated else one for one in child)
+            kinds = set(map(type, child))
         long = (
             bytes in kinds and kind is not set and any(type(one) is bytes and len(one) >= LONG_BYTES for one in child)
         )

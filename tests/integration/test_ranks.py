@@ -140,13 +140,19 @@ SAID = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_both_ranks_are_told_the_same_and_end(tmp_path, case):
-    (tmp_path / "train.py").write_text(SCRIPT + CASES[case] + "\ndist.barrier()\ndist.destroy_process_group()\n")
+def test_both_ranks_are_told_the_same_and_end(tmp_path):
+    script = SCRIPT
+    for name, case in CASES.items():
+        script += (
+            f"\nprint('{name}')\nroot = sys.argv[1] + '{name}'\n"
+            + case.replace("sys.argv[1]", "root")
+            + "\ndist.barrier()\n"
+        )
+    (tmp_path / "train.py").write_text(script + "dist.destroy_process_group()\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "train.py", tmp_path / "run", tmp_path / "rendezvous", str(rank)],
+            [sys.executable, tmp_path / "train.py", tmp_path / "run-", tmp_path / "rendezvous", str(rank)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -160,6 +166,7 @@ def test_both_ranks_are_told_the_same_and_end(tmp_path, case):
         for rank in ranks:
             rank.kill()
             rank.wait()
+    expected = "\n".join(f"{name}\n{text}" for name, text in SAID.items())
     for rank, (out, errors) in zip(ranks, said, strict=True):
         assert rank.returncode == 0, errors
-        assert out.strip() == SAID[case]
+        assert out.strip() == expected
