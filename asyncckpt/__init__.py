@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from asyncckpt.run import Checkpoint, Run
     from asyncckpt.save import Save
     from asyncckpt.saver import Saver
+    from asyncckpt.state.capture import Replicated
     from asyncckpt.state.rng import RNG
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOMES = {
     "KeepEvery": "options",
     "KeepLast": "options",
     "RNG": "state.rng",
+    "Replicated": "state.capture",
     "Restored": "restore",
     "RetryPolicy": "options",
     "Run": "run",
@@ -46,6 +48,7 @@ __all__ = [
     "Checkpoint",
     "KeepEvery",
     "KeepLast",
+    "Replicated",
     "Restored",
     "RetryPolicy",
     "Run",

@@ -96,14 +96,13 @@ class Launcher:
         arena: Arena | None = None
         try:
             self.arrival.begin(request.step)
+            if wait:
+                self._arenas.wait_free()  # before the state is read: other threads may change it meanwhile
+            # once: a state_dict() may be a collective, and the other ranks call it once
             flat = self._flattener.flatten(state)
             planned = self._planner.next(flat.structure)
-            while (arena := self._take(planned.plan)) is None:
-                if not wait:
-                    return None
-                self._arenas.wait_free()
-                flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
-                planned = self._planner.next(flat.structure)
+            if (arena := self._take(planned.plan)) is None:
+                return None
             self.arrival.admit()
             self._ledger.open(save)
             engine = self._engine_started()
@@ -121,6 +120,10 @@ class Launcher:
             self._undo(save, arena, error)
             raise
         return save
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """What rank 0 does before it starts, on the other ranks: the same errors, and their part of a `state_dict()` that is a collective."""
+        self._flattener.flatten(state, elsewhere=True)
 
     def provide(self, state: Mapping[str, Any]) -> None:
         """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""
@@ -272,7 +275,7 @@ class Launcher:
             time_s=time.time(),
             epoch=request.epoch,
             metrics=dict(request.metrics),
-            config=request.config,
+            config=request.config.value,
             tags=tuple(request.tags),
             pinned=request.pinned,
             versions=_versions(),

@@ -1,6 +1,7 @@
 """Plans of states, made once for each structure and codec, and ahead of the save that needs them."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import mmap
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncckpt.engine.choice import CodecChoice
+from asyncckpt.errors import UnsupportedObjectError
+from asyncckpt.format import limits
 from asyncckpt.format.digest import DIGEST_BYTES
 from asyncckpt.format.plan import SHARD_BYTES, Plan, Structure, plan
 from asyncckpt.options import StoredCodec
@@ -42,7 +45,8 @@ class Planner:
     def ahead(self, structure: Structure) -> None:
         """Make what later saves may need: 20,000 tensors take 0.2 s, which `save()` should not."""
         for codec in self._choice.possible:
-            self._planned(structure, codec)
+            with contextlib.suppress(UnsupportedObjectError):  # the save that chooses this codec says so
+                self._planned(structure, codec)
 
     def _planned(self, structure: Structure, codec: StoredCodec) -> Planned:
         with self._lock:
@@ -50,6 +54,7 @@ class Planner:
             if known is not None:
                 return known
             made = plan(structure, codec=codec)
+            _check_headers(made)
             for other in self._choice.possible:
                 sibling = self._known.get((id(structure), other))
                 if sibling is not None and sibling.plan.tensor_offsets == made.tensor_offsets:
@@ -59,6 +64,18 @@ class Planner:
             if len(self._known) > _MAX_PLANS:
                 self._forgotten(self._known.popitem(last=False)[1])
             return known
+
+
+def _check_headers(made: Plan) -> None:
+    for shard in made.shards:
+        if len(shard.header) > limits.HEADER_BYTES:
+            paths = {made.structure.path(chunk.tensor) for chunk in shard.chunks}
+            longest = max(paths, key=len)
+            raise UnsupportedObjectError(
+                f"the names of the {len(paths)} tensors in one shard take {len(shard.header)} bytes, above the limit of "
+                f"{limits.HEADER_BYTES} that readers of safetensors have; the longest has {len(longest)} characters. Use shorter keys",
+                key=longest[:200],
+            )
 
 
 def room_bytes(layout: Plan) -> int:

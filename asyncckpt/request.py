@@ -1,10 +1,42 @@
 """What the caller says about one save, beside the state; refused at once if no record could hold it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from asyncckpt.errors import CheckpointError
+from asyncckpt.format import keys, limits
+from asyncckpt.format.record import FileRef, Record, check_config
 from asyncckpt.options import OnExists
+
+_FIXED_BYTES = 16 * 2**10
+_FIXED_VALUES = 1000
+"""Of the fields that every record has: their text, and its commas and brackets, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A run's `config`, found storable once. `text_bytes` and `values`: what it takes of every record."""
+
+    value: Any
+    text_bytes: int
+    values: int
+
+    @classmethod
+    def of(cls, value: Any) -> "Config":
+        """`ValueError` if it is no plain JSON, or too much of it for a record."""
+        check_config(value)
+        text = json.dumps({"config": value}, indent=1).encode("ascii")
+        config = cls(value, len(text), text.count(b",") + text.count(b"[") + text.count(b"{"))
+        if not config.leaves_room(0, 0):
+            _read_back({}, (), config, f"config takes {len(text)} bytes of JSON")
+        return config
+
+    def leaves_room(self, text_bytes: int, values: int) -> bool:
+        """Beside so much of everything else?"""
+        fixed_bytes, fixed_values = self.text_bytes + _FIXED_BYTES, self.values + _FIXED_VALUES
+        return text_bytes + fixed_bytes <= limits.RECORD_BYTES and values + fixed_values <= limits.RECORD_VALUES
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +52,14 @@ class SaveRequest:
     tags: Sequence[str]
     pinned: bool
     on_exists: OnExists
-    config: Any
+    config: Config
 
     def __post_init__(self) -> None:
-        if type(self.step) is not int or not 0 <= self.step < 10**10:
+        if type(self.step) is not int or not 0 <= self.step <= limits.STEP:
             raise ValueError(
-                f"step is the number of optimizer steps completed, an int from 0 and below 10**10, not {self.step!r}"
+                f"step is the number of optimizer steps completed, an int from 0 to 2**53, not {_short(self.step)}"
             )
-        if self.epoch is not None and (type(self.epoch) is not int or not 0 <= self.epoch <= 2**53):
+        if self.epoch is not None and (type(self.epoch) is not int or not 0 <= self.epoch <= limits.SIZE):
             raise ValueError(f"epoch is an int from 0, not {self.epoch!r}; a fraction of an epoch is a metric")
         if isinstance(self.tags, str) or not all(type(tag) is str for tag in self.tags):
             raise TypeError(f"tags is a sequence of strings, not {self.tags!r}")
@@ -37,10 +69,60 @@ class SaveRequest:
             raise TypeError(f"metrics is a dict of names to numbers, not {self.metrics!r}")
         object.__setattr__(self, "metrics", {name: _number(name, value) for name, value in self.metrics.items()})
         object.__setattr__(self, "tags", tuple(self.tags))
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """A bound first, which costs a microsecond: most saves have a few metrics."""
+        texts = (*self.tags, *self.metrics)
+        characters = sum(map(len, texts))  # each may be a comma, and takes 12 bytes at most
+        for text in texts:
+            if not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+                raise ValueError(f"tags and names of metrics are text; {_short(text)} holds a lone surrogate")
+        if not self.config.leaves_room(12 * characters + 64 * len(texts), characters + 2 * len(texts)):
+            sizes = f"{len(self.metrics)} metrics, {len(self.tags)} tags of {sum(map(len, self.tags))} characters"
+            sizes += f" and a config of {self.config.text_bytes} bytes"
+            _read_back(self.metrics, tuple(self.tags), self.config, sizes)
 
 
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
+    except OverflowError as error:
+        raise ValueError(f"the metric {name!r} is too large for a float") from error
     except (TypeError, ValueError) as error:
         raise type(error)(f"the metric {name!r} is a number, not {value!r}") from error
+
+
+def _short(value: Any) -> str:
+    return (
+        f"{type(value).__name__} {value!r:.80}" if not isinstance(value, int) or abs(value) < 10**40 else "a huge int"
+    )
+
+
+def _read_back(metrics: Mapping[str, float], tags: tuple[str, ...], config: Config, sizes: str) -> None:
+    """Ask the reader itself: `ValueError` if it would refuse a record of these, whose other fields take all that they may."""
+    folder = keys.folder(limits.STEP, "0" * 100)
+    files = [FileRef(folder + name, limits.SIZE, "0" * 64) for name in ("index.json.zst", "state.pt")]
+    record = Record(
+        step=limits.STEP,
+        attempt="0" * 100,
+        index=files[0],
+        states=(files[1],),
+        folders=(folder,),
+        time=0.1,
+        raw_bytes=limits.SIZE,
+        stored_bytes=limits.SIZE,
+        epoch=limits.SIZE,
+        metrics=metrics,
+        config=config.value,
+        tags=tags,
+        versions={"": "0" * 4096},
+        world_size=limits.SIZE,
+        lineage="0" * 8,
+    )
+    try:
+        Record.parse(record.to_json(), keys.record_key(limits.STEP))
+    except CheckpointError as error:
+        raise ValueError(
+            f"the record of this save could not be read back ({error.message}): {sizes}; at most {limits.RECORD_BYTES} bytes of JSON in all"
+        ) from error

@@ -18,12 +18,13 @@ from asyncckpt.checkpoints.marks import mark_damaged, unmark
 from asyncckpt.collector import seldom
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_values
 from asyncckpt.engine.resolve import first_good
-from asyncckpt.format import keys
+from asyncckpt.format import keys, limits
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.lineage import Root, note, root_of
 from asyncckpt.options import Best, S3Options, StepChoice
 from asyncckpt.staging import bring, fetch_tensors, shown_progress
+from asyncckpt.state import replicas
 from asyncckpt.state import tree as trees
 from asyncckpt.state.statefile import read_state
 from asyncckpt.state.stateful import plan_restore
@@ -152,6 +153,7 @@ def restore_from(
         raise errors.StateMismatchError(
             f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
         )
+    replicas.check(state, "restore")
 
     def read(record: Record) -> Outcome:
         index = read_index(store, record)
@@ -251,6 +253,9 @@ def _specs(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:
 def read_values_of(store: Store, record: Record) -> dict[str, Any]:
     """Everything that is no tensor: path to value."""
     values: dict[str, Any] = {}
+    if sum(ref.bytes for ref in record.states) > limits.STATE_BYTES:
+        reason = f"its state files have more than {limits.STATE_BYTES} bytes in all"
+        raise errors.ResourceLimitError(reason, step=record.step, attempt=record.attempt)
     for ref, data in zip(record.states, read_values(store, record), strict=True):
         try:
             values |= read_state(data)

@@ -8,11 +8,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from asyncckpt import errors, events, progress
 from asyncckpt.engine.catalog import find_checkpoints
@@ -22,7 +24,6 @@ from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.events import SaveReport
-from asyncckpt.format.record import check_config
 from asyncckpt.launch import Launcher
 from asyncckpt.lineage import FIRST_CONTACT_S, Arrival, root_of
 from asyncckpt.options import (
@@ -36,12 +37,16 @@ from asyncckpt.options import (
     check_choices,
     check_rules,
 )
-from asyncckpt.request import SaveRequest
+from asyncckpt.request import Config, SaveRequest
 from asyncckpt.restore import Restored, restore_from, set_aside, take_back
 from asyncckpt.save import Ledger, Save
+from asyncckpt.state import replicas
 from asyncckpt.state.ranks import rank
+from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store, parse_url
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger("asyncckpt")
 _savers: "set[Saver]" = set()  # those with an engine and not closed: dropped ones finish their saves too
@@ -72,7 +77,8 @@ class Saver:
         hooks: Called with every event, see `asyncckpt.events`.
 
     A Saver belongs to one process and may be used from several threads. With `torch.distributed` initialised, rank 0 writes
-    the replicated state and `save()` returns at once on the others.
+    the replicated state; call `save()` on every rank, so that all are told alike what cannot be stored. On the others it checks the
+    state and returns.
     """
 
     def __init__(
@@ -96,7 +102,6 @@ class Saver:
         check_choices(codec=codec, when_full=when_full, on_exists=on_exists, engine=engine)
         if pending < 1 or (workers is not None and workers < 1):
             raise ValueError("pending and workers are at least 1")
-        check_config(config)
         check_rules(keep)
         if store is not None and not isinstance(store, S3Options | Store):
             raise TypeError(f"store is asyncckpt.S3Options(...) or a Store, not {type(store).__name__}")
@@ -104,7 +109,7 @@ class Saver:
         self._root = root_of(self.url, store)
         self._when_full = when_full
         self._on_exists: OnExists = on_exists
-        self._config = config
+        self._config = Config.of(config)
         self._hooks = events.Hooks(tuple(hooks))
         self._keep = tuple(keep)
         self._workers = workers or default_workers()
@@ -125,6 +130,7 @@ class Saver:
             shared=self._engine_name == "service",
         )
         self._launcher.overlap = overlap
+        self._restored: list[RNG] = []  # until the next `batches()`
         self._closed = False
 
     # -- saving
@@ -145,16 +151,20 @@ class Saver:
         by its `step()`, until `wait_staged()`. Otherwise returns when the snapshot is complete. Blocks, too, while all arenas
         are in flight (`when_full="wait"`). `metrics`: numbers by name, for `Best`. `pin`: retention never removes it.
 
-        Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, `QueueFullError` with
-        `when_full="raise"`, and never the failure of an earlier save, of which it warns. The first save raises
-        `CheckpointConflictError` if another run's checkpoints stand above `step` and this process restored none of them; it waits for one
-        listing of the folder, at most 15 seconds (without an answer the service looks, and it is that save's failure).
+        Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, also for what each of several
+        ranks has of its own (`RNG`, loaders, samplers: see `Replicated`), `QueueFullError` with `when_full="raise"`, and never the failure
+        of an earlier save, of which it warns. The first save raises `CheckpointConflictError` if another run's checkpoints stand above
+        `step` and this process restored none of them; it waits for one listing of the folder, at most 15 seconds (without an answer the
+        service looks, and it is that save's failure).
         """
         started_s = time.perf_counter()
         self._check_usable()
         request = SaveRequest(step, metrics or {}, epoch, tags, pin, self._on_exists, self._config)
         self._ledger.report_earlier(step)
+        replicas.check(state, "save")
         if rank() != 0:
+            with self._lock:
+                self._launcher.check(state)
             save = Save(step, 0, started_s)
             save._conclude(SaveReport(step, skipped="rank 0 writes replicated state"), None)
             return save
@@ -187,10 +197,12 @@ class Saver:
         Optional; returns before the pages are touched. Call it when the optimizer holds its state already (or after the first step).
         """
         self._check_usable()
-        if rank() != 0:
-            return
+        replicas.check(state, "save")
         with self._lock:
-            self._launcher.provide(state)
+            if rank() != 0:
+                self._launcher.check(state)
+            else:
+                self._launcher.provide(state)
 
     # -- restoring
 
@@ -209,6 +221,7 @@ class Saver:
         if restored is None:
             return None
         self._launcher.arrival.resume()
+        self._restored = replicas.generators(state)
         if rank() == 0:
             set_aside(self._store, found.damaged, restored=restored.step)
         there = find_checkpoints(self._store)
@@ -217,6 +230,28 @@ class Saver:
         if max(set(there.good).difference(found.damaged), default=-1) > restored.step:
             self._on_exists = "raise"
         return restored
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """`iter(loader)`, with the random numbers of the checkpoint: `for batch in saver.batches(loader)`.
+
+        `iter()` of a torch DataLoader draws from torch's generator, which would put every later number off. So the first call after a
+        `restore()` whose state holds an `RNG` puts the generators back behind it, before the first batch is drawn; every other call is
+        `iter(loader)`. A resumed run is then exact with `num_workers=0`, and with workers that draw nothing. Warns where `iter(loader)` is a
+        generator (accelerate's loaders): it begins to draw later, with the first batch.
+        """
+        self._check_usable()
+        batches = iter(loader)
+        restored, self._restored = self._restored, []
+        if restored and isinstance(batches, types.GeneratorType):
+            warnings.warn(
+                f"iter() of a {type(loader).__name__} is a generator, which draws its random numbers with the first batch: the resumed run "
+                "will not repeat the uninterrupted one exactly. Give saver.batches() the loader that it wraps",
+                UserWarning,
+                stacklevel=2,
+            )
+        for generators in restored:
+            generators.restore_again()
+        return batches
 
     # -- the end
 

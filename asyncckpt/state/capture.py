@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,20 @@ _WRAPPERS = {
 _COMPILED = "_orig_mod."
 
 
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """A promise: `value` is the same on every rank, so rank 0's is stored for all, without an error or a warning.
+
+    It leaves no trace in the checkpoint: path and content are those of `value`, in `save()` and in `restore()`.
+    """
+
+    value: Any
+
+
 def is_stateful(thing: Any) -> bool:
     """Has it state to give and to take back?"""
+    if type(thing) is Replicated:
+        return is_stateful(thing.value)
     if isinstance(thing, type):
         return False
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
@@ -34,12 +47,19 @@ def unwrap(thing: Any) -> Any:
     while True:
         if isinstance(thing, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             thing = thing.module
+        elif type(thing) is Replicated:
+            thing = thing.value
         elif is_compiled(type(thing)):
             thing = thing._orig_mod
         elif attribute := _wrapper_attribute(thing.__class__):
             thing = getattr(thing, attribute)
         else:
             return thing
+
+
+def is_gathered_on_one_rank(thing: Any) -> bool:
+    """Does `state_dict()` raise on every rank but the one that it was gathered on (`consolidate_state_dict(to=0)`)?"""
+    return any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(thing).__mro__)
 
 
 def is_compiled(kind: type) -> bool:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from asyncckpt.errors import CorruptCheckpointError, StateMismatchError, UnsupportedObjectError
 from asyncckpt.format import keys
 from asyncckpt.state.binding import has_address, view_of
-from asyncckpt.state.capture import is_stateful, unwrap
+from asyncckpt.state.capture import Replicated, is_stateful, unwrap
 from asyncckpt.state.copying import Getter, copy_exact, private
 from asyncckpt.state.dtypes import dtype_name
 from asyncckpt.state.homes import Homes, Spec
@@ -168,7 +168,7 @@ class Matching:
 
     def compare(self, node: Any, path: str, dtype: str, shape: tuple[int, ...]) -> bool:
         """Is there a tensor of this dtype and shape? If so it will be asked for."""
-        if node not in ("tensor", "ndarray"):
+        if node not in ("tensor", "ndarray"):  # long bytes are no tensor to users
             self.problems.append(f"{path}: a tensor in the state, {_kind(node)} in the checkpoint")
             return False
         stored_dtype, stored_shape = self.spec(path)
@@ -186,6 +186,11 @@ class Matching:
 
     def place(self, target: Any, node: Any, path: str) -> Place:
         """What restores `target` from `node`."""
+        if type(target) is Replicated:
+            return _inside(target, self.place(target.value, node, path))
+        return self._place(target, node, path)
+
+    def _place(self, target: Any, node: Any, path: str) -> Place:
         if isinstance(target, torch.Tensor):
             return self._tensor(target, node, path)
         if isinstance(target, np.ndarray):
@@ -340,6 +345,14 @@ class Matching:
         return restore
 
 
+def _inside(target: Replicated, place: Place) -> Place:
+    def restore(get: Getter) -> Any:
+        value = place(get)
+        return target if value is target.value else Replicated(value)
+
+    return restore
+
+
 def _no_tensor(path: str) -> torch.Tensor:
     raise CorruptCheckpointError(f"the index names no tensor {path!r}", key=path)
 
@@ -350,6 +363,8 @@ def _kind(node: Any) -> str:
 
 def _holds(target: Any) -> bool:
     """Is there something inside to load into, rather than to replace?"""
+    if type(target) is Replicated:
+        return _holds(target.value)
     if isinstance(target, torch.Tensor | np.ndarray) or is_stateful(target):
         return True
     if isinstance(target, Mapping):
@@ -359,4 +374,6 @@ def _holds(target: Any) -> bool:
 
 def restored_in_place(target: Any) -> bool:
     """Is this restored in place, without its parent?"""
+    if type(target) is Replicated:
+        return restored_in_place(target.value)
     return isinstance(target, torch.Tensor | np.ndarray | Mapping | list | set) or is_stateful(target)

@@ -1,4 +1,6 @@
-"""Which process of a distributed run this is. Without torch.distributed: the only one."""
+"""Which process of a distributed run this is. Without torch.distributed: the only one that writes."""
+
+import os
 
 import torch
 
@@ -9,8 +11,11 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
-    return torch.distributed.get_world_size() if _distributed() else 1
+    """How many processes train together; before torch.distributed is initialised what the launcher says (`WORLD_SIZE`)."""
+    if _distributed():
+        return torch.distributed.get_world_size()
+    said = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def _distributed() -> bool:

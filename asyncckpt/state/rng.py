@@ -17,6 +17,9 @@ class RNG:
     among them. CUDA generators are stored once CUDA is in use; a process that never touched it is not made to start it.
     """
 
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
     def state_dict(self) -> dict[str, Any]:
         """Private copies of all generators' states."""
         return {
@@ -35,6 +38,7 @@ class RNG:
         cuda = state["cuda"]
         for problem in self.complaints(len(cuda)):
             raise StateMismatchError(problem)
+        self._restored = state
         if cuda and torch.cuda.device_count() > len(cuda):
             warnings.warn(
                 f"the checkpoint holds {len(cuda)} CUDA generators and there are {torch.cuda.device_count()} devices; "
@@ -46,6 +50,13 @@ class RNG:
         torch.set_rng_state(state["torch"])
         for device, generator in enumerate(cuda):
             torch.cuda.set_rng_state(generator, device)
+
+    def restore_again(self) -> None:
+        """Once after a restore: put all generators back to what was restored, whatever was drawn since."""
+        state, self._restored = self._restored, None
+        if state is not None:
+            self.load_state_dict(state)
+            self._restored = None
 
     def complaints(self, cuda_generators: int) -> list[str]:
         """Why a checkpoint with so many CUDA generators cannot be restored here."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CorruptCheckpointError, ResourceLimitError, UnsafeCheckpointError
+from asyncckpt.format import limits
 from asyncckpt.state.walk import CONSTANTS, SCALARS
 
-MAX_STATE_BYTES = 512 * 2**20
 OLDEST_SAFE_TORCH = (2, 10)
 """CVE-2025-32434 and CVE-2026-24747 let `weights_only=True` run code before this version."""
 
@@ -32,7 +32,7 @@ def write_state(values: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def read_state(data: bytes, *, max_bytes: int = MAX_STATE_BYTES) -> dict[str, Any]:
+def read_state(data: bytes, *, max_bytes: int = limits.STATE_BYTES) -> dict[str, Any]:
     """Mirror of `write_state`, for bytes that anybody may have written. Runs no code of theirs, whatever they hold.
 
     Raises:

@@ -9,14 +9,18 @@ import numpy as np
 import torch
 
 from asyncckpt.errors import CorruptCheckpointError, UnsupportedObjectError, UnsupportedTensorError
-from asyncckpt.format import keys
+from asyncckpt.format import keys, limits
 from asyncckpt.format.plan import Group, Structure, TensorSpec
 from asyncckpt.state.binding import Binding, Positions, bind
+from asyncckpt.state.bounds import check_structure, check_values
 from asyncckpt.state.dtypes import NAMES, complaint
 from asyncckpt.state.packing import Seen, Segment
 from asyncckpt.state.sight import Makeup, Sight
+from asyncckpt.state.statefile import write_state
 from asyncckpt.state.walk import (
+    BYTES,
     KIND_NAMES,
+    LEAVES,
     MAPPINGS,
     MAX_DEPTH,
     NUMPY_KINDS,
@@ -40,15 +44,16 @@ class Description:
         self._tokens = iter(_spread(tokens))
         self._top: str | int = ""
         self.tree = self._node("", depth=0)
+        self.path_bytes = 4 * sum(map(len, self.values))
 
     def _node(self, path: str, *, depth: int) -> Any:
         token = next(self._tokens)
         if token is OPTIMIZER:
             self.optimizers.append(path)
             token = next(self._tokens)
-        if token is torch.Tensor or token is np.ndarray:
+        if token is torch.Tensor or token is np.ndarray or token is bytes:
             self.tensors.append((self._top, path))
-            return "tensor" if token is torch.Tensor else "ndarray"
+            return "tensor" if token is torch.Tensor else "ndarray" if token is np.ndarray else BYTES
         if token is VALUE:
             self.values.append(path)
             return VALUE
@@ -88,6 +93,9 @@ def _escaped(key: Any, path: str) -> tuple[str | int, str]:
     if type(key) is not str and type(key) is not int:
         reason = f"key {key!r} of type {type(key).__name__} at {path!r} is not stored; use str or int keys"
         raise UnsupportedObjectError(reason, key=f"{path}/{key!r}")
+    if type(key) is int and not -limits.KEY_INT <= key < limits.KEY_INT:
+        reason = f"a key of {path!r} is an integer outside of -2^63 .. 2^63 - 1; use a str"
+        raise UnsupportedObjectError(reason, key=f"{path}/#{hex(key)[:40]}")
     try:
         name = keys.escape(key)
         name.encode()
@@ -105,8 +113,8 @@ def unflatten(
     Lists and sets of values are copied, tensors are not.
     """
     here = path or ""
-    if tree in ("tensor", "ndarray"):
-        return tensor(here) if tree == "tensor" else tensor(here).cpu().numpy()
+    if tree in LEAVES:
+        return tensor(here) if tree == "tensor" else _from_tensor(tree, tensor(here), here)
     if tree == VALUE:
         value = stored(values, here)
         return value.copy() if type(value) in (list, set) else value
@@ -123,6 +131,13 @@ def unflatten(
             [unflatten(node, tensor, values, below(path, keys.escape(at))) for at, node in enumerate(inner)]
         )
     raise CorruptCheckpointError(f"the index describes {here!r} by an unknown node {str(kind)[:100]!r}", key=here)
+
+
+def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:
+    if leaf == BYTES and (value.dtype is not torch.uint8 or value.dim() != 1):
+        raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
+    array = value.cpu().numpy()
+    return array.tobytes() if leaf == BYTES else array
 
 
 def below(path: str | None, name: str) -> str:
@@ -162,7 +177,7 @@ def stored(values: Mapping[str, Any], path: str) -> Any:
 
 def leaves(tree: Any, path: str | None = None) -> list[str]:
     """Full paths of the tensors of a tree."""
-    if tree in ("tensor", "ndarray"):
+    if tree in LEAVES:
         return [path or ""]
     if tree == VALUE:
         return []
@@ -206,8 +221,8 @@ class Flattener:
         self._ties: tuple[tuple[int, int], ...] = ()
         self._positions: Positions = ()
 
-    def flatten(self, state: Mapping[Any, Any]) -> Flat:
-        """Walk the state and check all of it.
+    def flatten(self, state: Mapping[Any, Any], *, elsewhere: bool = False) -> Flat:
+        """Walk the state and check all of it. `elsewhere`: another rank stores it.
 
         Raises:
             UnsupportedTensorError: A tensor that cannot be stored exactly; nothing was started.
@@ -215,7 +230,7 @@ class Flattener:
         """
         if not isinstance(state, Mapping):
             raise UnsupportedObjectError(f"the state is a dict of what to save, not {type(state).__name__}")
-        walk = Walk(state, self._seen)
+        walk = Walk(state, self._seen, elsewhere=elsewhere)
         self._seen = walk.seen
         leaves = walk.leaves
         if self._description is None or walk.tokens != self._tokens:
@@ -230,7 +245,10 @@ class Flattener:
             self._structure = self._binding = None
         binding = self._bind(walk, moved, sight)
         if self._structure is None:
-            self._structure = _structure(self._description, leaves, binding)
+            structure = _structure(self._description, leaves, binding)
+            check_structure(structure)
+            self._structure = structure
+        check_values(self._description.values, walk.values, self._description.path_bytes + walk.text_bytes, write_state)
         if binding.resolved:
             for at in binding.resolved:
                 leaves[at] = leaves[at].detach().resolve_conj().resolve_neg()

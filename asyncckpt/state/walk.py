@@ -3,6 +3,7 @@
 The same tokens as last time mean the same structure. Nothing here builds a path: the walk runs at every save.
 """
 
+import ctypes
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
@@ -12,13 +13,18 @@ import numpy as np
 import torch
 
 from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
-from asyncckpt.state.capture import capture_module, is_stateful, unwrap
+from asyncckpt.state.capture import Replicated, capture_module, is_gathered_on_one_rank, is_stateful, unwrap
 from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
 from asyncckpt.state.packing import TENSOR_KINDS, Packed, Seen, pack
 
 MAX_DEPTH = 64
 VALUE = "value"
 """Token and tree leaf of a plain value."""
+BYTES = "bytes"
+"""Tree leaf of long `bytes`, which travel as a tensor."""
+LEAVES = ("tensor", "ndarray", BYTES)
+"""Tree leaves whose content is a tensor."""
+LONG_BYTES = 2**20
 OPTIMIZER = "optimizer"
 """Token in front of an optimizer: the next of `Walk.optimizers` stands here."""
 
@@ -70,13 +76,18 @@ class Refusal:
 class Walk:
     """One pass over a state: `tokens` (its structure), `leaves` (tensors), `values`, `optimizers`, in depth-first order.
 
-    `before`: what the last walk has `seen` of its optimizers. It saves time, and changes nothing.
+    `text_bytes`: of what stands in sequences, at most.
+    `before`: what the last walk has `seen` of its optimizers. It saves time, and changes nothing. `elsewhere`: another rank stores the state.
     """
 
-    def __init__(self, state: Mapping[Any, Any], before: Sequence[Seen | None] = ()) -> None:
+    def __init__(
+        self, state: Mapping[Any, Any], before: Sequence[Seen | None] = (), *, elsewhere: bool = False
+    ) -> None:
+        self._elsewhere = elsewhere
         self.tokens: list[Any] = [dict, len(state), *state]
         self.leaves: list[torch.Tensor] = []
         self.values: list[Any] = []
+        self.text_bytes = 0
         self.optimizers: list[torch.optim.Optimizer] = []
         self.seen: list[Seen | None] = []
         self._before = before
@@ -116,6 +127,10 @@ class Walk:
                 tokens.append(torch.Tensor)
                 leaves.append(child)
             elif kind in SCALARS or kind in CONSTANTS:
+                if kind is bytes and len(child) >= LONG_BYTES:
+                    tokens.append(bytes)
+                    leaves.append(_shown(child))
+                    continue
                 if (kind is int or kind is bytes) and _unreadable((child,), {kind}):
                     tokens.append(Refusal(UnsupportedObjectError, _UNREADABLE))
                 tokens.append(VALUE)
@@ -142,7 +157,15 @@ class Walk:
     def _sequence(self, child: Any, kind: type) -> None:
         """A sequence of plain scalars is one value; it is copied, so that the user may go on appending."""
         kinds = set(map(type, child))
-        if kinds <= SCALARS:
+        if Replicated in kinds:
+            child = kind(one.value if type(one) is Replicated else one for one in child)
+            kinds = set(map(type, child))
+        long = (
+            bytes in kinds and kind is not set and any(type(one) is bytes and len(one) >= LONG_BYTES for one in child)
+        )
+        if kinds <= SCALARS and not long:
+            if bytes in kinds or str in kinds:
+                self.text_bytes += 4 * sum(len(one) for one in child if type(one) is str or type(one) is bytes)
             if _unreadable(child, kinds):
                 self.tokens.append(Refusal(UnsupportedObjectError, _UNREADABLE))
             self.tokens.append(VALUE)
@@ -156,6 +179,8 @@ class Walk:
     def _other(self, child: Any, kind: type) -> None:
         if kind is np.ndarray:
             self._array(child)
+        elif kind is Replicated:
+            self._enter(child, (child.value,))
         elif isinstance(child, np.generic) and child.dtype.name in NUMPY_SCALARS:
             self.tokens.append(NUMPY_SCALARS[child.dtype.name])
             self.values.append(child.item())
@@ -188,7 +213,9 @@ class Walk:
                 names, children = capture_module(thing)
             elif optimizer is not None:
                 packed = pack(optimizer, self._before[len(self.seen)] if len(self.seen) < len(self._before) else None)
-            if names is None and packed is None:
+            if self._elsewhere and is_gathered_on_one_rank(thing):
+                names = []
+            elif names is None and packed is None:
                 children = [thing.state_dict()]
         except Exception as error:
             raise SnapshotError(f"state_dict() of a {type(thing).__qualname__} raised {error!r}") from error
@@ -226,6 +253,15 @@ class Walk:
             self.leaves += children
         else:
             self._enter(container, children)
+
+
+def _shown(value: bytes) -> torch.Tensor:
+    """The memory of `value`, which is only read; not a copy."""
+    content: Any = (ctypes.c_char * len(value)).from_address(
+        ctypes.cast(ctypes.c_char_p(value), ctypes.c_void_p).value or 0
+    )
+    content.owner = value  # lives as long as the tensor
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def _unreadable(values: Collection[Any], kinds: set[type]) -> bool:

@@ -15,11 +15,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-class Position:
-    """A loader with a place in its data."""
+class Loader:
+    """A loader with a place in its data, whose `iter` draws a seed, as torch's does."""
 
     def __init__(self):
         self.position = 0
+
+    def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()
+        return map(self.next, range(self.position, self.position + 150 - self.position % 150))
+
+    def next(self, number):
+        self.position = number + 1
+        return torch.full((4, 8), float(number)) + torch.rand(())
 
     def state_dict(self):
         return {"position": self.position}
@@ -33,12 +41,11 @@ def run_example(url: Path, steps: int, options: str = "") -> list[torch.Tensor]:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    loader = Position()
+    loader = Loader()
 
-    def train_one_step():
-        loader.position += 1
+    def train_one_step(batch):
         optimizer.zero_grad()
-        model(torch.full((4, 8), float(loader.position))).sum().backward()
+        model(batch).sum().backward()
         optimizer.step()
         scheduler.step()
 
