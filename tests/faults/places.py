@@ -124,7 +124,7 @@ class ForkedPlace(Place):
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 2)  # what a killed thread has to say helps nobody
             live(self.in_child(number, tell), act)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             tell(untyped=f"{type(error).__name__}: {error}")
         finally:
             os._exit(0)

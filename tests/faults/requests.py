@@ -1,10 +1,11 @@
 """Faults of a store's requests, inside the process: the fastest level, some hundred runs a second."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from asyncckpt.errors import ObjectExistsError, StoreAuthError, StoreError, TransientStoreError
-from asyncckpt.store.base import Store, Upload
+from asyncckpt.errors import StoreAuthError, StoreError, TransientStoreError
+from asyncckpt.store.base import Upload
 from asyncckpt.store.memory import MemoryStore
 from tests.faults.fates import ALWAYS, KILLS, Dice, Names, Point
 from tests.faulty import FaultyStore
@@ -37,10 +38,8 @@ class Network:
         due = [late for late in self._late if everything or late[0] <= len(self.points)]
         self._late = [late for late in self._late if late not in due]
         for _, call in due:
-            try:
+            with contextlib.suppress(StoreError):
                 call()
-            except StoreError:
-                pass
 
 
 class LifeStore(FaultyStore):
@@ -130,30 +129,55 @@ class _S3Upload(Upload):
 
 
 class ForgetfulStore(MemoryStore):
-    """Acknowledges every `nth` put of an object in a folder, and keeps nothing of it. To see whether the oracle sees."""
+    """Acknowledges the `nth` put of a shard, and keeps nothing of it. To see whether the oracle sees."""
 
     def __init__(self, nth: int) -> None:
         super().__init__()
-        self._nth = nth
-        self._puts = 0
+        self._left = nth
 
-    def put(self, key, data, *, if_absent=False):
-        if "/" in key and not key.endswith("/index.json.zst"):  # which the probe would miss at once
-            self._puts += 1
-            if self._puts % self._nth == 0:
-                return
-        super().put(key, data, if_absent=if_absent)
+    def start_upload(self, key):
+        self._left -= 1
+        return _LostUpload() if self._left == 0 else super().start_upload(key)
+
+
+class _LostUpload(Upload):
+    def write(self, part, offset, data):
+        pass
+
+    def complete(self):
+        pass
+
+    def abort(self):
+        pass
 
 
 class OverwritingStore(MemoryStore):
-    """Puts a record whether there is one or not: the rule of delete and put. To see whether the oracle sees."""
+    """Puts a record whether one stands there or not. To see whether the oracle sees."""
 
     def put(self, key, data, *, if_absent=False):
-        if if_absent and self.head(key) and not key.endswith(".json"):
-            raise ObjectExistsError("the object exists already", key=key)
-        super().put(key, data)
+        super().put(key, data, if_absent=if_absent and not key.endswith(".json"))
 
 
-def raw(store: Store) -> Store:
-    """The store itself, behind whatever a life sees of it."""
-    return store.inner if isinstance(store, FaultyStore) else store
+class UnconditionalStore(MemoryStore):
+    """Replaces and removes whatever stands there, as by DELETE and PUT without a condition. To see whether the oracle sees."""
+
+    def replace(self, key, data, old):
+        self.delete([key])
+        self.put(key, data)
+
+    def remove(self, key, old):
+        self.delete([key])
+
+
+class HidingStore(MemoryStore):
+    """Deletes, once retention begins to, the newest record instead of the one it was asked for. To see whether the oracle sees."""
+
+    def delete(self, keys: Sequence[str]):
+        super().delete([self._other(key) for key in keys])
+
+    def remove(self, key, old):
+        super().delete([self._other(key)])
+
+    def _other(self, key: str) -> str:
+        records = [entry.key for entry in self.list(delimiter=True) if entry.key.endswith(".json")]
+        return records[-1] if key in records else key
