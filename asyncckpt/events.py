@@ -118,6 +118,13 @@ class CheckpointsRemoved(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignCheckpoints(Event):
+    """Retention found checkpoints of another run at these steps, and leaves them alone."""
+
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DamageFound(Event):
     """A checkpoint did not verify and an older one is tried."""
 

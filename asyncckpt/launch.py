@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 import platform
 import secrets
 import threading
@@ -22,6 +23,7 @@ from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.format.plan import Plan
+from asyncckpt.lineage import Arrival
 from asyncckpt.planner import Planned, Planner, room_bytes
 from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save, report_of
@@ -30,6 +32,8 @@ from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
+
+_LOG = logging.getLogger("asyncckpt")
 
 Engine = ServiceEngine | InlineEngine
 StartEngine = Callable[[Listener, Callable[[], str]], Engine]
@@ -48,7 +52,8 @@ class _Flight:
 class Launcher:
     """Owns what saves need again and again: plans, arenas, the copier, the engine.
 
-    `overlap`: None overlaps when the state holds an optimizer. `start_engine` is called at the first save.
+    `overlap`: None overlaps when the state holds an optimizer. `start_engine` is called at the first save. `arrival`: whether this run may
+    write in its folder, and its lineage.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Launcher:
         start_engine: StartEngine,
         ledger: Ledger,
         hooks: events.Hooks,
+        arrival: Arrival,
         *,
         choice: CodecChoice,
         pending: int,
@@ -63,13 +69,13 @@ class Launcher:
     ) -> None:
         self.overlap: bool | None = None
         self.pending = pending
+        self.arrival = arrival
         self._start_engine = start_engine
         self._ledger = ledger
         self._hooks = hooks
         self._choice = choice
         self._ended_s = 0.0  # when the last save had its answer
         self._run_id = secrets.token_hex(4)
-        self._lineage = secrets.token_hex(4)
         self._attempts = itertools.count(1)
         self._flattener = Flattener()
         self._copier = Copier()
@@ -78,13 +84,18 @@ class Launcher:
         self._flights: dict[int, _Flight] = {}
         self._engine: Engine | None = None
         self._probed = False
+        self._foreign: set[int] = set()
         self._touching: list[threading.Thread] = []
 
     def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
-        """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts."""
+        """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts.
+
+        So does another run's folder, at the first save (see `Arrival`).
+        """
         save = self._ledger.new(request.step, started_s)
         arena: Arena | None = None
         try:
+            self.arrival.begin(request.step)
             flat = self._flattener.flatten(state)
             planned = self._planner.next(flat.structure)
             while (arena := self._take(planned.plan)) is None:
@@ -93,6 +104,7 @@ class Launcher:
                 self._arenas.wait_free()
                 flat = self._flattener.flatten(state)  # other threads may have changed it meanwhile
                 planned = self._planner.next(flat.structure)
+            self.arrival.admit()
             self._ledger.open(save)
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)
@@ -132,6 +144,7 @@ class Launcher:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
             thread.join()
+        self.arrival.close()
         self._copier.close()
         if self._engine is not None:
             self._engine.close(wait=wait)
@@ -159,9 +172,10 @@ class Launcher:
                 "the step exists already, written by another attempt", step=flight.save.step
             )
         elif outcome is not None:
-            self._probed = self._probed or outcome.result == "committed"
             report = report_of(flight.save, flight.copy, outcome)
             if outcome.result == "committed":
+                self._probed = True
+                self.arrival.committed()
                 since_s = max(flight.save._started_s, self._ended_s)
                 self._choice.learn(flight.planned.plan.codec, report.raw_bytes, time.perf_counter() - since_s)
         elif _blames_codec(flight, error):
@@ -172,7 +186,22 @@ class Launcher:
 
     def event(self, event: events.Event) -> None:
         """Something worth knowing happened."""
+        if isinstance(event, events.ForeignCheckpoints):
+            event = self._new_foreign(event)
+            if not event.steps:
+                return
+            _LOG.warning(
+                "retention leaves checkpoints of another run alone, at step(s) %s: this run did not restore them. "
+                "Delete them by hand, or with Run(url).rewind(step), if nobody needs them",
+                ", ".join(map(str, event.steps)),
+            )
         self._hooks(event)
+
+    def _new_foreign(self, event: events.ForeignCheckpoints) -> events.ForeignCheckpoints:
+        """What no other worker told before."""
+        steps = tuple(step for step in event.steps if step not in self._foreign)
+        self._foreign.update(steps)
+        return events.ForeignCheckpoints(steps)
 
     # -- inside
 
@@ -248,9 +277,10 @@ class Launcher:
             pinned=request.pinned,
             versions=_versions(),
             world_size=world_size(),
-            lineage=self._lineage,
+            lineage=self.arrival.lineage,
             on_exists=request.on_exists,
             probe=not self._probed,
+            newcomer=self.arrival.newcomer,
         )
 
     def _forgotten(self, planned: Planned) -> None:

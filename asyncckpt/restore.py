@@ -21,6 +21,7 @@ from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
+from asyncckpt.lineage import Root, note, root_of
 from asyncckpt.options import Best, S3Options, StepChoice
 from asyncckpt.staging import bring, fetch_tensors, shown_progress
 from asyncckpt.state import tree as trees
@@ -71,7 +72,9 @@ def restore(
     """
     with opened(url, store, hooks) as place:
         all_hooks = events.Hooks(tuple(hooks))
-        restored = restore_from(place, state, url=os.fspath(url), step=step, strict=strict, hooks=all_hooks).restored
+        restored = restore_from(
+            place, state, url=os.fspath(url), step=step, strict=strict, hooks=all_hooks, root=root_of(url, store)
+        ).restored
         if restored is None:
             raise _nothing_to_choose(place, step, os.fspath(url))
     return restored
@@ -96,7 +99,10 @@ def load(
 
         def read(number: int) -> Any:
             record = read_record(place, number)
-            return load_from(place, record, read_index(place, record), prefix, map_location=map_location, hooks=hook)
+            index = read_index(place, record)
+            loaded = load_from(place, record, index, prefix, map_location=map_location, hooks=hook)
+            note(root_of(url, store), record.lineage, restored=True)
+            return loaded
 
         found = first_good(place, step, hook, read)
         if found is None:
@@ -126,8 +132,12 @@ def restore_from(
     step: StepChoice = "latest",
     strict: bool = True,
     hooks: events.Hooks = SILENT,
+    root: Root | None = None,
 ) -> Outcome:
-    """`restore` from an open store; where there is no checkpoint at all nothing is restored. `url`: what the store is called."""
+    """`restore` from an open store; where there is no checkpoint at all nothing is restored. `url`: what the store is called.
+
+    `root`: what this process notes of it, so that a Saver there goes on with the run that was restored.
+    """
     if not isinstance(state, Mapping):
         raise errors.StateMismatchError(
             f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
@@ -138,6 +148,8 @@ def restore_from(
         index = read_index(store, record)
         wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
         bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
+        if root is not None:
+            note(root, record.lineage, restored=True)
         return Restored(record.step, record.epoch, record.metrics, record.config)
 
     with seldom():

@@ -9,14 +9,14 @@ from typing import Any, Literal, Self
 import torch
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.removal import rewind
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record
-from asyncckpt.engine.commit import remove_folders
 from asyncckpt.engine.resolve import reading
 from asyncckpt.engine.verify import verify_objects
 from asyncckpt.export import Config, Names, export_huggingface, export_safetensors
-from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
+from asyncckpt.lineage import Root, note, root_of
 from asyncckpt.options import Best, S3Options
 from asyncckpt.restore import load_from, read_values_of
 from asyncckpt.staging import fetch_tensors
@@ -31,10 +31,11 @@ class Checkpoint:
     removed meanwhile.
     """
 
-    def __init__(self, store: Store, step: int) -> None:
+    def __init__(self, store: Store, step: int, root: Root | None = None) -> None:
         self.step = step
         """Optimizer steps completed."""
         self._store = store
+        self._root = root
 
     def __repr__(self) -> str:
         return f"<Checkpoint step={self.step}>"
@@ -90,7 +91,10 @@ class Checkpoint:
         """The state, or the part below `prefix`, as nested containers; see `asyncckpt.load`."""
         index = self._index
         with reading(self._store, self.step):
-            return load_from(self._store, self.record, index, prefix, map_location=map_location)
+            loaded = load_from(self._store, self.record, index, prefix, map_location=map_location)
+        if self._root is not None:
+            note(self._root, self.record.lineage, restored=True)
+        return loaded
 
     def verify(self) -> None:
         """Read every byte that is stored, and check it; returns if all is well. Memory is bounded, not the state's size."""
@@ -143,6 +147,7 @@ class Run:
     def __init__(self, url: str | os.PathLike[str], *, store: S3Options | Store | None = None) -> None:
         self.url = os.fspath(url)
         self._own = not isinstance(store, Store)
+        self._root = root_of(url, store)
         self._store = store if isinstance(store, Store) else open_store(self.url, store)
 
     def __repr__(self) -> str:
@@ -163,7 +168,7 @@ class Run:
 
     def checkpoints(self) -> list[Checkpoint]:
         """All that are not marked as damaged, by step. One LIST; records are read when they are asked for."""
-        return [Checkpoint(self._store, step) for step in find_checkpoints(self._store).good]
+        return [Checkpoint(self._store, step, self._root) for step in find_checkpoints(self._store).good]
 
     def latest(self) -> Checkpoint | None:
         """The one with the highest step, or None."""
@@ -179,40 +184,18 @@ class Run:
         """The one of this step, also if it is marked as damaged; `CheckpointNotFoundError` if there is none."""
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"get() takes a step's number, not {step!r}; latest() and best() choose one")
-        checkpoint = Checkpoint(self._store, step)
+        checkpoint = Checkpoint(self._store, step, self._root)
         _ = checkpoint.record
         return checkpoint
 
     def rewind(self, step: int) -> list[int]:
         """Delete every checkpoint newer than `step`, for good, newest first; the steps that were removed.
 
+        Damaged ones, those of newer formats and what failed saves left at these steps go too; what a remaining checkpoint needs stays.
         Raises `CheckpointNotFoundError`, and deletes nothing, if `step` does not exist. No Saver may be writing.
         """
         self.get(step)
-        found = find_checkpoints(self._store)
-        steps = sorted((*found.good, *found.marked))
-        doomed = [newer for newer in reversed(steps) if newer > step]
-        kept = self._folders_of([older for older in steps if older <= step])
-        for newer in doomed:
-            folders = self._folders_of([newer])
-            # the record first: half a deletion leaves objects without a record, never the reverse
-            self._store.delete([keys.record_key(newer)])
-            self._store.delete([keys.damaged_key(newer)])
-            if kept is not None and folders is not None:
-                remove_folders(self._store, sorted(folders - kept))
-        return doomed
-
-    def _folders_of(self, steps: Sequence[int]) -> set[str] | None:
-        """The folders that these records name; None if one cannot be read, for then nobody knows."""
-        folders: set[str] = set()
-        for step in steps:
-            try:
-                folders.update(read_record(self._store, step).folders)
-            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError):
-                return None
-            except errors.CheckpointNotFoundError:
-                continue
-        return folders
+        return rewind(self._store, step)
 
     def _readable(self) -> Iterator[Checkpoint]:
         for checkpoint in self.checkpoints():

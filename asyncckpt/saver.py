@@ -9,6 +9,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +24,7 @@ from asyncckpt.engine.submitted import Listener
 from asyncckpt.events import SaveReport
 from asyncckpt.format.record import check_config
 from asyncckpt.launch import Launcher
+from asyncckpt.lineage import FIRST_CONTACT_S, Arrival, root_of
 from asyncckpt.options import (
     Codec,
     EngineName,
@@ -60,6 +63,8 @@ class Saver:
         pending: How many snapshots may be in flight; each takes host memory of one state.
         when_full: What `save()` does when all are in flight: `"wait"`, `"skip"` (counted and reported) or `"raise"` (`QueueFullError`).
         on_exists: A step that is committed already: `"skip"` (reported) or `"raise"` (`CheckpointConflictError`).
+        adopt: Whether to go on with whatever checkpoints the folder holds, as if this run had restored the newest of them. Otherwise the first
+            `save()` below another run's checkpoints raises, and retention leaves them alone.
         max_failed_saves: So many failed saves in a row make `save()` raise; None never does.
         config: JSON-able description of the run, kept in every record.
         store: `S3Options`, or a Store of your own (then the engine is in-process).
@@ -81,6 +86,7 @@ class Saver:
         pending: int = 1,
         when_full: WhenFull = "wait",
         on_exists: OnExists = "skip",
+        adopt: bool = False,
         max_failed_saves: int | None = None,
         config: Any = None,
         store: S3Options | Store | None = None,
@@ -95,6 +101,7 @@ class Saver:
         if store is not None and not isinstance(store, S3Options | Store):
             raise TypeError(f"store is asyncckpt.S3Options(...) or a Store, not {type(store).__name__}")
         self.url = os.fspath(url) if isinstance(store, Store) else str(parse_url(url))
+        self._root = root_of(self.url, store)
         self._when_full = when_full
         self._on_exists: OnExists = on_exists
         self._config = config
@@ -112,6 +119,7 @@ class Saver:
             self._start_engine,
             self._ledger,
             self._hooks,
+            Arrival(self._root, self._opened_to_look, adopt=adopt),
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
             shared=self._engine_name == "service",
@@ -138,7 +146,9 @@ class Saver:
         are in flight (`when_full="wait"`). `metrics`: numbers by name, for `Best`. `pin`: retention never removes it.
 
         Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, `QueueFullError` with
-        `when_full="raise"`, and never the failure of an earlier save, of which it warns.
+        `when_full="raise"`, and never the failure of an earlier save, of which it warns. The first save raises
+        `CheckpointConflictError` if another run's checkpoints stand above `step` and this process restored none of them; it waits for one
+        listing of the folder, at most 15 seconds (without an answer the service looks, and it is that save's failure).
         """
         started_s = time.perf_counter()
         self._check_usable()
@@ -192,10 +202,13 @@ class Saver:
         step that exists raises, so that a branch is never lost silently; `Run.rewind` takes the newer ones away.
         """
         self._check_usable()
-        found = restore_from(self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks)
+        found = restore_from(
+            self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks, root=self._root
+        )
         restored = found.restored
         if restored is None:
             return None
+        self._launcher.arrival.resume()
         if rank() == 0:
             set_aside(self._store, found.damaged, restored=restored.step)
         if max(set(find_checkpoints(self._store).good).difference(found.damaged), default=-1) > restored.step:
@@ -268,6 +281,17 @@ class Saver:
 
     def _engine_options(self) -> EngineOptions:
         return EngineOptions(self.url, self._s3, self._workers, self._keep)
+
+    def _opened_to_look(self) -> AbstractContextManager[Store]:
+        """A store for the look before the first save: one that is away must not be asked for ten minutes."""
+        if self._custom is not None:
+            return nullcontext(self._custom)
+        options = self._s3
+        if self.url.startswith("s3:"):
+            options = options or S3Options()
+            retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, FIRST_CONTACT_S))
+            options = replace(options, retry=retry)
+        return closing(open_store(self.url, options))
 
     def _retried(self, event: events.StoreRetried) -> None:
         if isinstance(self._launcher._engine, InlineEngine):

@@ -1,6 +1,8 @@
 """A checkpoint written without a Saver: flatten, plan, encode, put, commit. For tests of what reads."""
 
 import secrets
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,14 @@ from asyncckpt.store.base import Store
 
 
 def write_checkpoint(
-    store: Store, step: int, state: Any, *, codec: str = "planes", shard_bytes: int | None = None, **record: Any
+    store: Store,
+    step: int,
+    state: Any,
+    *,
+    codec: str = "planes",
+    shard_bytes: int | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    **record: Any,
 ) -> str:
     """Write `state` as step `step`; returns the folder. `record`: fields of a SaveJob, such as metrics or epoch."""
     flat = Flattener().flatten(state)
@@ -31,7 +40,8 @@ def write_checkpoint(
     fields: dict[str, Any] = {"time_s": 1.7e9 + step, "on_exists": "raise", **record}
     job = SaveJob(number=1, step=step, attempt=attempt, structure=1, arena=1, codec=made.codec, **fields)
     digests = bytes(arena[made.digests_offset : made.digests_offset + 32 * made.chunk_count])
-    outcome = commit(store, job, IndexBuilder(made), receipts=receipts, digests=digests, state=write_state(flat.values))
+    state_file = write_state(flat.values)
+    outcome = commit(store, job, IndexBuilder(made), receipts=receipts, digests=digests, state=state_file, sleep=sleep)
     assert outcome.result == "committed"
     return keys.folder(step, attempt)
 

@@ -234,6 +234,8 @@ class ServiceEngine:
             self._parted = True
         elif kind == "removed":
             self._listener.event(events.CheckpointsRemoved(tuple(message["steps"])))
+        elif kind == "foreign":
+            self._listener.event(events.ForeignCheckpoints(tuple(message["steps"])))
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

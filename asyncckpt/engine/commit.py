@@ -5,36 +5,52 @@ Order: all shards, then state and index, then the record, if absent. A checkpoin
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.standing import Standing, held, is_replaceable, is_set_aside, judge, lacks_index
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
-from asyncckpt.format import keys, limits
+from asyncckpt.format import keys
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import compress
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.record import FileRef, Record
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import Store, Version
+
+_ROUNDS = 5  # of judging a record and putting ours in its place, before the step is left to whoever keeps writing it
+_NO_TAG = '"00000000000000000000000000000000"'  # of no object
 
 
 def exists(store: Store, job: SaveJob) -> bool:
-    """Whether the step is taken by a record that stands, and was not written by this very save."""
-    attempt = _attempt_of(store, job.step)  # a get, not a head: what is refused without a body cannot say why
-    return (
-        attempt is not None
-        and attempt not in (job.attempt, *job.earlier_attempts)
-        and not _damaged(store, job.step, attempt)
-    )
+    """Whether the step is taken by a checkpoint that stands, and was not written by this very save.
+
+    One that is damaged, set aside or without its index is not in the way: the commit judges it again, and replaces it.
+    """
+    standing = judge(store, job.step)  # a get, not a head: what is refused without a body cannot say why
+    if standing is None or standing.damaged or standing.attempt in (job.attempt, *job.earlier_attempts):
+        return False
+    if standing.record is None:
+        return True
+    return not is_set_aside(store, standing) and not lacks_index(store, standing.record)
 
 
 def commit(
-    store: Store, job: SaveJob, builder: IndexBuilder, *, receipts: Sequence[ShardReceipt], digests: bytes, state: bytes
+    store: Store,
+    job: SaveJob,
+    builder: IndexBuilder,
+    *,
+    receipts: Sequence[ShardReceipt],
+    digests: bytes,
+    state: bytes,
+    again: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> CommitOutcome:
-    """Write state, index and record.
+    """Write state, index and record. `again`: a worker died over this very commit, and may have sent the record.
 
     Returns `exists` if another writer's record stands at the step. Raises `UnsafeStoreError` before the record is written if the
-    store turns out to ignore conditional puts.
+    store turns out to ignore conditional puts, and `CommitUnknownError` if the record was sent and nobody knows whether it arrives.
     """
     started = time.perf_counter()
     folder = keys.folder(job.step, job.attempt)
@@ -64,9 +80,11 @@ def commit(
         states=(refs[folder + "state.pt"],),
         folders=(folder,),
     )
-    result = _put_record(store, job, record.to_json())
+    put = _RecordPut(store, job, record, index, sleep, unanswered=again)
+    result: Literal["committed", "exists"] = "committed" if put.run() else "exists"
     return CommitOutcome(
-        result="committed" if result else "exists",
+        result=result,
+        may_appear=result == "exists" and put.unanswered,
         stored_bytes=stored,
         raw_bytes=builder.plan.data_bytes,
         encode_s=sum(receipt.encode_s for receipt in receipts),
@@ -75,28 +93,142 @@ def commit(
     )
 
 
-def _put_record(store: Store, job: SaveJob, record: bytes) -> bool:
-    # The only commit point: one conditional put. A 412 after a retry may be our own put whose answer was lost, so the
-    # record is read back and the attempt decides.
-    key = keys.record_key(job.step)
-    for last in (False, True):
+class _RecordPut:
+    """The only commit point: one conditional put, and what follows where it meets another record.
+
+    Nothing is ever deleted on the way. A record that may be replaced is replaced by a put on the condition that it is still the one that was
+    judged. A put that is refused may have met our own record, whose answer was lost: the record is read back, and the attempt decides.
+
+    `unanswered`: a send of the put had no answer that is the store's. It may still arrive, so from then on nobody removes the attempt's
+    folder, unless a reading shows the record, and there is no second try once the key was seen free: our record may have stood and
+    have been removed in between.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        job: SaveJob,
+        record: Record,
+        index: bytes,
+        sleep: Callable[[float], None],
+        *,
+        unanswered: bool,
+    ) -> None:
+        self.unanswered = unanswered
+        self._store = store
+        self._job = job
+        self._record = record
+        self._index = index
+        self._sleep = sleep
+        self._key = keys.record_key(job.step)
+        self._data = record.to_json()
+
+    def run(self) -> bool:
+        """Whether the record stands; False if the step is another's."""
         try:
-            store.put(key, [record], if_absent=True)
-        except errors.ObjectExistsError:
-            attempt = _attempt_of(store, job.step)
-            if attempt in (job.attempt, *job.earlier_attempts):
+            return self._run()
+        except errors.StoreError as error:
+            if not self.unanswered:
+                raise
+            raise errors.CommitUnknownError(
+                "the record was sent, and whether it arrived is not known: the step may still appear, complete. What was stored for it "
+                f"stays. Look with Run(url).checkpoints(), or save a later step. {type(error).__name__}: {error.message}",
+                step=self._job.step,
+                key=self._key,
+            ) from error
+
+    def _run(self) -> bool:
+        old: Version | None = None
+        for _ in range(_ROUNDS):
+            answered = self._send(old)
+            standing = judge(self._store, self._job.step) if answered != "stands" else None
+            if answered == "stands":
                 return True
-            if attempt is not None and (last or not _damaged(store, job.step, attempt)):
+            if standing is None:
+                if self.unanswered:
+                    raise errors.TransientStoreError("the record is not there yet", key=self._key)
+                old = None  # another's was removed since
+            elif standing.attempt in (self._job.attempt, *self._job.earlier_attempts):
+                return self._own(standing)
+            elif answered == "overwritten":
+                raise errors.CheckpointConflictError(
+                    "another process wrote this step although single_writer was promised",
+                    step=self._job.step,
+                    key=self._key,
+                )
+            elif not is_replaceable(self._store, standing, sleep=self._sleep):
                 return False
-            # set aside as damaged (or gone meanwhile): the step may be saved again
-            store.delete([key])
-            continue
-        if store.conditional_puts == "single_writer" and _attempt_of(store, job.step) != job.attempt:
+            else:
+                old = self._judged_bytes(standing)
+        raise errors.TransientStoreError(
+            f"the record changed {_ROUNDS} times while it was judged", step=self._job.step, key=self._key
+        )
+
+    def _send(self, old: Version | None) -> Literal["stands", "refused", "overwritten"]:
+        """One conditional put; `stands` if it took effect."""
+        try:
+            if old is None:
+                self._store.put(self._key, [self._data], if_absent=True)
+            else:
+                self._store.replace(self._key, [self._data], old)
+        except (errors.ObjectExistsError, errors.ObjectChangedError, errors.ObjectNotFoundError) as error:
+            self.unanswered = self.unanswered or had_no_answer(error)
+            return "refused"
+        except errors.StoreError as error:
+            self.unanswered = self.unanswered or had_no_answer(error)
+            if not self.unanswered or not self._arrived():
+                raise
+            return "stands"
+        # where the store cannot compare, a reading must show that nobody wrote between its look and the put
+        return "overwritten" if self._store.conditional_puts == "single_writer" else "stands"
+
+    def _arrived(self) -> bool:
+        """Whether a reading shows our record after all; no answer is a no."""
+        try:
+            standing = judge(self._store, self._job.step)
+        except errors.StoreError:
+            return False
+        return standing is not None and standing.attempt == self._job.attempt
+
+    def _own(self, standing: Standing) -> bool:
+        if standing.attempt == self._job.attempt and self.unanswered and lacks_index(self._store, self._record):
             raise errors.CheckpointConflictError(
-                "another process wrote this step although single_writer was promised", step=job.step, key=key
+                "the checkpoint was removed by somebody else while its commit was under way",
+                step=self._job.step,
+                key=self._key,
             )
         return True
-    raise errors.CheckpointConflictError("the record was taken again while it was replaced", step=job.step, key=key)
+
+    def _judged_bytes(self, standing: Standing) -> Version | None:
+        """What the put replaces; None if it is gone or another by now."""
+        try:
+            old = held(self._store, standing)
+        except (errors.ObjectChangedError, errors.ObjectNotFoundError):
+            return None
+        self._prove()
+        return old
+
+    def _prove(self) -> None:
+        """Refuse a store that ignores `If-Match`, before the first record is replaced there: our own index shows it."""
+        if self._store.conditional_puts == "unproven":
+            key = self._record.index.key
+            try:
+                self._store.replace(key, [self._index], Version(b"", _NO_TAG))
+            except (errors.ObjectChangedError, errors.ObjectNotFoundError):
+                return
+            raise errors.UnsafeStoreError(
+                "this store ignores `If-Match`, so a damaged checkpoint of this step cannot be replaced safely: delete it by hand, or "
+                "take another step",
+                step=self._job.step,
+                key=key,
+            )
+
+
+def had_no_answer(error: errors.StoreError) -> bool:
+    """Whether a request that failed so may still take effect, or has: a send of it had no answer that is the store's."""
+    return isinstance(error, errors.TransientStoreError | errors.DeadlineExceededError) or bool(
+        getattr(error, "unanswered", False)
+    )
 
 
 def _probe(store: Store, key: str, data: bytes) -> None:
@@ -112,38 +244,8 @@ def _probe(store: Store, key: str, data: bytes) -> None:
     )
 
 
-def _attempt_of(store: Store, step: int) -> str | None:
-    key = keys.record_key(step)
-    try:
-        return str(Record.parse(store.get(key, max_bytes=limits.RECORD_BYTES), key).attempt)
-    except errors.ObjectNotFoundError:
-        return None
-    except errors.CorruptCheckpointError:
-        return ""  # unreadable: stands in the way, and belongs to no attempt
-
-
-def _damaged(store: Store, step: int, attempt: str) -> bool:
-    try:
-        return store.get(keys.damaged_key(step), max_bytes=1024) == attempt.encode()
-    except errors.ObjectNotFoundError:
-        return False
-
-
 def mark_damaged(store: Store, step: int) -> None:
     """Set a checkpoint aside: readers pass over it, and its step can be saved again. Only a Saver calls this."""
-    attempt = _attempt_of(store, step)
-    if attempt is not None:
-        store.put(keys.damaged_key(step), [attempt.encode()])
-
-
-def abandon(store: Store, job: SaveJob) -> None:
-    """Remove what a failed attempt stored, unless its record stands after all."""
-    if _attempt_of(store, job.step) == job.attempt:
-        return
-    remove_folders(store, [keys.folder(job.step, job.attempt)])
-
-
-def remove_folders(store: Store, folders: Sequence[str]) -> None:
-    """Delete every object below the folders."""
-    for folder in folders:
-        store.delete([entry.key for entry in store.list(folder)])
+    standing = judge(store, step)
+    if standing is not None and not standing.newer:
+        store.put(keys.damaged_key(step), [standing.attempt.encode()])

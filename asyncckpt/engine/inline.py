@@ -158,8 +158,11 @@ class InlineEngine:
                 shards=run.shards,
             )
             self._listener.event(event)
-        elif task.kind == "retain" and data["removed"]:
-            self._listener.event(events.CheckpointsRemoved(tuple(data["removed"])))
+        elif task.kind == "retain":
+            if data["removed"]:
+                self._listener.event(events.CheckpointsRemoved(tuple(data["removed"])))
+            if data["foreign"]:
+                self._listener.event(events.ForeignCheckpoints(tuple(data["foreign"])))
 
     def _answer(self, ended: Ended | None) -> None:
         if ended is not None:

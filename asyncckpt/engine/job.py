@@ -14,7 +14,7 @@ class SaveJob:
     `number`: of the save within its Saver. `attempt`: run id and sequence number; part of every object's name.
     `earlier_attempts`: attempts of the same save that a dead service may have committed without an answer.
     `lineage`: of the run, 8 hex digits.
-    `probe`: this Saver has not yet seen that the store honours conditional puts.
+    `probe`: this Saver has not yet seen that the store honours conditional puts. `newcomer`: nor that no other run's checkpoints stand above.
     """
 
     number: int
@@ -36,6 +36,7 @@ class SaveJob:
     on_exists: OnExists = "skip"
     earlier_attempts: tuple[str, ...] = ()
     probe: bool = False
+    newcomer: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -71,7 +72,10 @@ class ShardReceipt:
 
 @dataclass(frozen=True, slots=True)
 class CommitOutcome:
-    """How a commit ended: the record exists (`committed`), or the step was there before (`exists`)."""
+    """How a commit ended: the record exists (`committed`), or the step was there before (`exists`).
+
+    `may_appear`: our record was sent without an answer, and may stand one day, when the other is gone: its folder must stay.
+    """
 
     result: Literal["committed", "exists"]
     stored_bytes: int = 0
@@ -80,6 +84,7 @@ class CommitOutcome:
     commit_s: float = 0.0
     raw_bytes: int = 0
     retries: int = 0
+    may_appear: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

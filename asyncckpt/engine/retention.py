@@ -1,14 +1,21 @@
-"""Which checkpoints stay. A checkpoint stays if any rule keeps it, if it is pinned, or if it is the newest."""
+"""Which checkpoints stay.
+
+A run counts and removes only checkpoints of its own lineage. Of these one stays if any rule keeps it, if it is pinned, or if it is the newest.
+Newer formats and damaged checkpoints are neither counted nor removed, and whatever folder a record names that stays, stays.
+"""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from asyncckpt import errors
-from asyncckpt.engine.catalog import find_checkpoints
-from asyncckpt.engine.commit import remove_folders
-from asyncckpt.format import keys, limits
-from asyncckpt.format.record import Record
+from asyncckpt.checkpoints.removal import remove_checkpoint
+from asyncckpt.checkpoints.standing import Listing, Standing, is_set_aside, judge, lacks_index, survey
+from asyncckpt.engine.crew import Crew
+from asyncckpt.format import keys
 from asyncckpt.options import KeepLast, KeepRule
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import Entry, Store
+
+_READERS = 8  # of records, where many are new to us: one is 30 ms on S3
 
 
 def doomed(steps: Iterable[int], rules: Sequence[KeepRule]) -> list[int]:
@@ -25,42 +32,100 @@ def doomed(steps: Iterable[int], rules: Sequence[KeepRule]) -> list[int]:
     return [step for step in ordered if step not in kept]
 
 
-def retain(store: Store, rules: Sequence[KeepRule], *, known_pinned: set[int], committed: int) -> list[int]:
-    """Remove what no rule keeps; the steps removed. `known_pinned` remembers pinned steps between calls.
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """What one run of retention did. `foreign`: steps of other lineages that it sees for the first time."""
 
-    A checkpoint set aside as damaged takes nobody's place among the newest. `committed`, the step whose commit this
-    follows, stays: below newer ones, too, where a run went on from an older step.
-    """
-    found = find_checkpoints(store)
-    outdated = {
-        *doomed(found.good, rules),
-        *set(doomed((*found.good, *found.marked), rules)).intersection(found.marked),
-    }
-    candidates = sorted(outdated - known_pinned - {committed})
-    removed = []
-    for step in candidates:
-        record = _read(store, step)
-        if record is None:
-            continue
-        if record.pinned:
-            known_pinned.add(step)
-            continue
-        remove_checkpoint(store, record)
-        removed.append(step)
-    return removed
+    removed: tuple[int, ...] = ()
+    foreign: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"removed": list(self.removed), "foreign": list(self.foreign)}
 
 
-def remove_checkpoint(store: Store, record: Record) -> None:
-    """Delete one checkpoint, the record first: half a deletion leaves objects without a record, never the reverse."""
-    own = [folder for folder in record.folders if keys.parse_folder(folder) == record.step]
-    store.delete([keys.record_key(record.step)])
-    store.delete([keys.damaged_key(record.step)])
-    remove_folders(store, own)
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is remembered of a record for as long as its listing is the same. `lineage`: empty if it is damaged, newer or a stump."""
+
+    entry: Entry
+    attempt: str
+    folders: tuple[str, ...]
+    lineage: str
+    pinned: bool
+    keeps_below: bool
 
 
-def _read(store: Store, step: int) -> Record | None:
-    key = keys.record_key(step)
-    try:
-        return Record.parse(store.get(key, max_bytes=limits.RECORD_BYTES), key)
-    except (errors.ObjectNotFoundError, errors.CorruptCheckpointError, errors.FormatVersionError):
-        return None
+class Retention:
+    """Applies rules after commits. Each record is read once, and once more before it is removed."""
+
+    def __init__(self, store: Store, rules: Sequence[KeepRule]) -> None:
+        self._store = store
+        self._rules = rules
+        self._known: dict[int, _Known] = {}
+        self._told: set[int] = set()
+
+    def retain(self, *, committed: int, lineage: str) -> Retained:
+        """Remove what no rule keeps.
+
+        A checkpoint set aside as damaged takes nobody's place among the newest. `committed`, the step whose commit this
+        follows, stays: below newer ones, too, where a run went on from an older step.
+        """
+        listed = survey(self._store)
+        known = self._read(listed)
+        own = {step for step, row in known.items() if row.lineage == lineage}
+        marked = {step for step in own & listed.marks if self._is_marked(step, known[step])}
+        good = own - marked
+        outdated = {*doomed(good, self._rules), *set(doomed(own, self._rules)).intersection(marked)}
+        floor = max((step for step, row in known.items() if row.keeps_below), default=-1)
+        candidates = [
+            step for step in sorted(outdated) if step > floor and step != committed and not known[step].pinned
+        ]
+        removed = []
+        for step in candidates:
+            kept = {folder for other, row in known.items() if other != step for folder in row.folders}
+            if self._remove(step, lineage, kept, floor):
+                removed.append(step)
+                del known[step]
+        foreign = sorted(
+            step for step, row in known.items() if row.lineage not in ("", lineage) and step not in self._told
+        )
+        self._told.update(foreign)
+        return Retained(tuple(removed), tuple(foreign))
+
+    def _remove(self, step: int, lineage: str, kept: set[str], floor: int) -> bool:
+        standing = judge(self._store, step)
+        record = standing.record if standing is not None else None
+        if standing is None or record is None or record.lineage != lineage or record.pinned:
+            return False
+        below = {folder for folder in record.folders if (keys.parse_folder(folder) or 0) <= floor}
+        return remove_checkpoint(self._store, standing, kept=kept | below)
+
+    def _read(self, listed: Listing) -> dict[int, _Known]:
+        known = {step: row for step, row in self._known.copy().items() if listed.records.get(step) == row.entry}
+        unread = [step for step in listed.records if step not in known]
+
+        def read(step: int) -> None:
+            standing = judge(self._store, step)
+            if standing is not None:
+                known[step] = self._facts(listed.records[step], standing)
+
+        if unread:
+            Crew(unread, lambda: read).run(min(len(unread), _READERS))
+        self._known = known
+        return dict(known)
+
+    def _facts(self, entry: Entry, standing: Standing) -> _Known:
+        record = standing.record
+        whole = record is not None and not lacks_index(self._store, record)
+        return _Known(
+            entry=entry,
+            attempt=standing.attempt,
+            folders=standing.folders,
+            lineage=record.lineage if record is not None and whole else "",
+            pinned=standing.pinned,
+            keeps_below=standing.keeps_below,
+        )
+
+    def _is_marked(self, step: int, row: _Known) -> bool:
+        return is_set_aside(self._store, Standing(step, None, row.attempt))

@@ -1,7 +1,7 @@
 """Which task of which save is next. Pure: no clock, no I/O; the service and the in-process engine both drive it.
 
-A save is a check (is the step taken?), its shards, and a commit; a failed or needless save ends with the removal of what it stored; a
-committed one may be followed by retention.
+A save is a check (is the step taken?), its shards, and a commit; a failed or needless save ends with the removal of what it stored, unless
+its record may still arrive; a committed one may be followed by retention.
 """
 
 from collections import deque
@@ -30,7 +30,10 @@ class Task:
 
 @dataclass(slots=True, eq=False)
 class JobRun:
-    """A save on its way. `filled`: so many of its shards are complete in the arena; `staged`: all are, and nobody wrote meanwhile."""
+    """A save on its way. `filled`: so many of its shards are complete in the arena; `staged`: all are, and nobody wrote meanwhile.
+
+    `may_appear`: its record was sent and nobody knows whether it arrives; what was stored must stay.
+    """
 
     job: SaveJob
     shards: int
@@ -43,6 +46,7 @@ class JobRun:
     stage: Literal["shards", "commit", "abandon", "retain", "over"] = "shards"
     error: BaseException | None = None
     exists: bool = False
+    may_appear: bool = False
     outcome: CommitOutcome | None = None
 
 
@@ -129,6 +133,7 @@ class Schedule:
             run.outcome = CommitOutcome.from_json({**result, "retries": run.retries})
             if run.outcome.result == "exists":
                 run.exists = True
+                run.may_appear = run.may_appear or run.outcome.may_appear
                 self._stop(run)
             else:
                 return self._committed(run)
@@ -140,17 +145,26 @@ class Schedule:
         if task.kind in ("abandon", "retain") or run.outcome is not None:
             # leftovers are found by their missing record; retention runs again after the next save; a committed save stays so
             return self._advance(run)
+        run.may_appear = run.may_appear or isinstance(error, errors.CommitUnknownError)
         if run.error is None and not run.exists:
             run.error = error
         self._stop(run)
         return self._advance(run)
 
     def lost(self, task: Task, reason: str) -> Ended | None:
-        """The worker died under this task: again, from the arena."""
+        """The worker died under this task: again, from the arena. A dead one may have sent the record."""
         task.deaths += 1
+        task.run.may_appear = task.run.may_appear or task.kind == "commit"
         if task.deaths >= MAX_DEATHS:
             message = f"{task.deaths} workers in a row died on one {task.kind} task: {reason}"
-            return self.failed(task, errors.WorkerDiedError(message, step=task.run.job.step))
+            died = errors.WorkerDiedError(message, step=task.run.job.step)
+            if task.kind != "commit":
+                return self.failed(task, died)
+            unknown = errors.CommitUnknownError(
+                f"{message}. The step may still appear, complete", step=task.run.job.step
+            )
+            unknown.__cause__ = died
+            return self.failed(task, unknown)
         task.run.running.discard(task.number)
         if self._wanted(task):
             task.run.ready.appendleft(task)
@@ -197,8 +211,11 @@ class Schedule:
             return None
         if run.stage == "abandon":
             run.stage = "over"
-            run.ready.append(self._task("abandon", run))
             outcome = CommitOutcome("exists", retries=run.retries) if run.exists and run.error is None else None
+            if run.may_appear:
+                self.runs.pop(run.job.number, None)
+            else:
+                run.ready.append(self._task("abandon", run))
             return Ended(run, outcome, run.error)
         self.runs.pop(run.job.number, None)
         return None

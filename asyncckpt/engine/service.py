@@ -208,6 +208,7 @@ class Service:
         elif task.kind == "commit":
             receipts = sorted(task.run.receipts.values(), key=lambda receipt: receipt.shard)
             message["receipts"] = [receipt.to_json() for receipt in receipts]
+            message["again"] = task.deaths > 0
             fds = [self._states[job.number]]
         seat.give(task, message, fds)
         self._seats.watch(seat)
@@ -249,8 +250,11 @@ class Service:
             sizes = {name: data[name] for name in ("key", "raw_bytes", "stored_bytes")}
             counts = {"shards_done": len(task.run.receipts) + 1, "shards": task.run.shards}
             self._tell({"op": "stored", "data": {"step": task.run.job.step, **sizes, **counts}})
-        elif task.kind == "retain" and data["removed"]:
-            self._tell({"op": "removed", "steps": data["removed"]})
+        elif task.kind == "retain":
+            if data["removed"]:
+                self._tell({"op": "removed", "steps": data["removed"]})
+            if data["foreign"]:
+                self._tell({"op": "foreign", "steps": data["foreign"]})
 
     def _watch(self) -> None:
         now = time.monotonic()

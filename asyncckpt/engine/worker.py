@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from asyncckpt import errors
-from asyncckpt.engine import commit, retention
+from asyncckpt.checkpoints import removal
+from asyncckpt.checkpoints.admission import admit
+from asyncckpt.engine import commit
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
+from asyncckpt.engine.retention import Retention
 from asyncckpt.engine.wire import Channel, read_memory_file
 from asyncckpt.events import StoreRetried
 from asyncckpt.format.digest import DIGEST_BYTES
@@ -42,13 +45,12 @@ class TaskRunner:
 
     def __init__(self, store: Store, rules: Sequence[KeepRule], pipeline: Pipeline, reply: Reply) -> None:
         self._store = store
-        self._rules = rules
+        self._retention = Retention(store, rules)
         self._pipeline = pipeline
         self._reply = reply
         self._structures: dict[int, Structure] = {}
         self._plans: dict[tuple[int, str, int | None], IndexBuilder] = {}
         self._planning = threading.Lock()
-        self._pinned: set[int] = set()
 
     def add_structure(self, number: int, structure: Structure) -> None:
         """Jobs may name this structure from now on."""
@@ -89,23 +91,34 @@ class TaskRunner:
         self._reply(task, "encoded", {})
 
     def commit(
-        self, task: int, job: SaveJob, receipts: Sequence[ShardReceipt], arena: memoryview, state: bytes
+        self,
+        task: int,
+        job: SaveJob,
+        receipts: Sequence[ShardReceipt],
+        arena: memoryview,
+        state: bytes,
+        *,
+        again: bool = False,
     ) -> None:
-        """Write state, index and record."""
+        """Write state, index and record. `again`: a worker died over it."""
 
         def work() -> dict[str, Any]:
             builder = self._planned(job)
             layout = builder.plan
             digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.chunk_count])
-            outcome = commit.commit(self._store, job, builder, receipts=receipts, digests=digests, state=state)
+            outcome = commit.commit(
+                self._store, job, builder, receipts=receipts, digests=digests, state=state, again=again
+            )
             return outcome.to_json()
 
         self._beside(task, job, work)
 
     def check(self, task: int, job: SaveJob) -> None:
-        """Is the step taken?"""
+        """Is the step taken, or the folder another run's?"""
 
         def work() -> dict[str, Any]:
+            if job.newcomer:
+                admit(self._store, job.step)
             taken = commit.exists(self._store, job)
             if taken and job.on_exists == "raise":
                 raise errors.CheckpointConflictError(
@@ -119,20 +132,18 @@ class TaskRunner:
         """Remove what the attempt stored."""
 
         def work() -> dict[str, Any]:
-            commit.abandon(self._store, job)
+            removal.abandon(self._store, job.step, job.attempt)
             return {}
 
         self._beside(task, job, work)
 
     def retain(self, task: int, job: SaveJob) -> None:
         """Apply the rules of retention."""
-        self._beside(
-            task,
-            job,
-            lambda: {
-                "removed": retention.retain(self._store, self._rules, known_pinned=self._pinned, committed=job.step)
-            },
-        )
+
+        def work() -> dict[str, Any]:
+            return self._retention.retain(committed=job.step, lineage=job.lineage).to_json()
+
+        self._beside(task, job, work)
 
     def _beside(self, task: int, job: SaveJob, work: Callable[[], dict[str, Any]]) -> None:
         def run() -> None:
@@ -200,7 +211,8 @@ class _Worker:
             self._runner.shard(task, job, message["shard"], memoryview(self._arenas[job.arena]))
         elif message["kind"] == "commit":
             receipts = [ShardReceipt.from_json(row) for row in message["receipts"]]
-            self._runner.commit(task, job, receipts, memoryview(self._arenas[job.arena]), read_memory_file(fds[0]))
+            arena, state = memoryview(self._arenas[job.arena]), read_memory_file(fds[0])
+            self._runner.commit(task, job, receipts, arena, state, again=message["again"])
         else:
             getattr(self._runner, message["kind"])(task, job)
 

@@ -138,6 +138,12 @@ def is_sealed(body_digest: str, ending: Buffer) -> bool:
     return bytes(ending) == (_ENDING % body_digest).encode("latin-1")
 
 
+def digest_in(ending: Buffer) -> str | None:
+    """The digest that the last `ENDING_BYTES` of a record state; None if they have not the shape of an ending."""
+    stated = bytes(ending)[-68:-4].decode("latin-1")
+    return stated if is_sealed(stated, ending) else None
+
+
 def check_config(config: Any) -> None:
     """`ValueError` unless `config` comes back from a record exactly: JSON types, finite, at most 32 levels deep."""
     try:
@@ -161,7 +167,7 @@ def _fields(data: bytes) -> strict_json.Fields:
     """The fields of a record whose digest agrees."""
     body, ending = memoryview(data)[:-ENDING_BYTES], data[-ENDING_BYTES:]
     if not is_sealed(hexdigest(body), ending):
-        if not is_sealed(ending[-68:-4].decode("latin-1"), ending):
+        if digest_in(ending) is None:
             raise RecordError("the record does not end with its digest: it is cut short, or no record")
         raise DigestMismatchError("the record's bytes differ from their digest")
     try:

@@ -18,14 +18,28 @@ ROOMS = [
     {"errors", "options", "events"},
     {"format"},
     {"store"},
+    {"checkpoints"},
     {"engine"},
     {"state"},
-    {"save", "saver", "launch", "planner", "request", "restore", "run", "export", "progress", "collector", "staging"},
+    {
+        "save",
+        "saver",
+        "launch",
+        "planner",
+        "request",
+        "restore",
+        "run",
+        "export",
+        "progress",
+        "collector",
+        "staging",
+        "lineage",
+    },
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-WITHOUT_TORCH = ("format", "store", "engine")
+WITHOUT_TORCH = ("format", "store", "checkpoints", "engine")
 HOMES = {  # library -> the only files that may import it
     "blake3": {"format/digest.py"},
     "zstandard": {"format/frames.py"},

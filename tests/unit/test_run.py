@@ -229,19 +229,75 @@ def test_rewind_spares_folders_that_a_remaining_record_names():
     assert {key for key in all_keys(store) if key.startswith(shared)}
 
 
-def test_rewind_keeps_the_objects_while_a_remaining_record_cannot_be_read():
-    run, store = run_of(10, 20, 30)
-    store.delete([keys.record_key(10)])
-    store.put(keys.record_key(10), [b"{"])
-    assert run.rewind(20) == [30]
+def test_rewind_spares_what_an_unreadable_remaining_record_still_names():
+    run, store = run_of(10, 20, 30, 40)
+    shared = run.get(30).record.folders[0]
+    name_folder(store, 10, shared)
+    key = keys.record_key(10)
+    flip(store, key, store.get(key, max_bytes=2**20).index(b'"epoch"') + 2)
+    assert run.rewind(20) == [40, 30]
     assert objects_of(store, 30)
+    assert not objects_of(store, 40)
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [10, 20]
 
 
-@pytest.mark.parametrize("call", range(1, 7))
+def test_rewind_takes_what_cannot_be_read_and_what_is_newer_along():
+    run, store = run_of(10, 20, 30, 40, 50)
+    store.put(keys.record_key(20), [b"{"])
+    change_record(store, 30, format=7)
+    change_record(store, 40, requires=["delta"])
+    store.put(keys.record_key(50), [bytes(65 * 2**20)])
+    before = [key for key in all_keys(store) if "0000000010" in key]
+    assert run.rewind(10) == [50, 40, 30, 20]
+    assert all_keys(store) == before
+
+
+def test_rewind_takes_folders_without_a_record_along_or_a_late_record_would_stand_again():
+    run, store = run_of(10, 20, 30)
+    late = store.get(keys.record_key(30), max_bytes=2**20)
+    store.delete([keys.record_key(30)])
+    store.put("step-0000000030.damaged", [b"x"])
+    store.put("step-0000000005/aaaaaaaa-1/index.json.zst", [b"below"])
+    assert run.rewind(10) == [20]
+    assert not objects_of(store, 30)
+    assert "step-0000000030.damaged" not in all_keys(store)
+    assert objects_of(store, 5)
+    store.put(keys.record_key(30), [late])
+    write_checkpoint(store, 30, state_of(31), sleep=lambda _: None)
+    assert run.get(30).load()["opt"] == {"n": 31}
+
+
+def test_rewind_never_deletes_a_record_by_its_name_alone():
+    """Between its look and its request another writer may have saved the step anew."""
+    run, store = run_of(10, 20)
+    deletes = FaultyStore(store, operations={"delete", "remove"})
+    Run("memory://unused", store=deletes).rewind(10)
+    records = [operation for operation, key in deletes.calls if keys.parse_record_key(key) is not None]
+    assert records == ["remove"]
+    assert run.latest().step == 10
+
+
+def test_rewind_raises_where_another_process_goes_on_writing():
+    run, store = run_of(10, 20)
+
+    class Contended(FaultyStore):
+        def remove(self, key, old):
+            write_again(store, 20)
+            super().remove(key, old)
+
+    with pytest.raises(errors.CheckpointConflictError, match="another process"):
+        Run("memory://unused", store=Contended(store)).rewind(10)
+    run.get(20).verify()
+
+
+def write_again(store: Store, step: int) -> None:
+    change_record(store, step, time=read_record(store, step).time + 1)
+
+
+@pytest.mark.parametrize("call", range(1, 5))
 def test_a_rewind_cut_short_leaves_only_whole_checkpoints(call):
     _, store = run_of(10, 20, 30)
-    faulty = FaultyStore(store, {call}, error=lambda: errors.StoreAuthError("no"), operations={"delete"})
+    faulty = FaultyStore(store, {call}, error=lambda: errors.StoreAuthError("no"), operations={"delete", "remove"})
     with pytest.raises(errors.StoreAuthError):
         Run("memory://unused", store=faulty).rewind(10)
     run = Run("memory://unused", store=store)
@@ -250,6 +306,8 @@ def test_a_rewind_cut_short_leaves_only_whole_checkpoints(call):
     assert run.get(10).step == 10
     run.rewind(10)
     assert run.latest().step == 10
+    assert not objects_of(store, 20)
+    assert not objects_of(store, 30)
 
 
 def test_a_run_closes_the_store_that_it_opened_and_not_the_users(tmp_path):

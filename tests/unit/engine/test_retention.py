@@ -1,5 +1,7 @@
 """Which checkpoints stay."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,17 +10,25 @@ from hypothesis import strategies as st
 from asyncckpt import KeepEvery, KeepLast, errors
 from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.commit import mark_damaged
-from asyncckpt.engine.retention import doomed, retain
+from asyncckpt.engine.retention import Retention, doomed
 from asyncckpt.format import keys
 from asyncckpt.restore import load
 from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
 from tests.faulty import FaultyStore
+from tests.records import change_record
 from tests.writer import write_checkpoint
 
 rules = st.lists(
     st.one_of(st.builds(KeepLast, st.integers(1, 5)), st.builds(KeepEvery, st.integers(1, 50))), max_size=3
 )
+
+
+LINEAGE = "00000000"  # that checkpoints of these tests have, unless they say another
+
+
+def retain(store, rules, *, committed, lineage=LINEAGE):
+    return list(Retention(store, rules).retain(committed=committed, lineage=lineage).removed)
 
 
 def recorded_steps(store):
@@ -79,22 +89,23 @@ def test_a_rule_that_keeps_nothing_raises(count):
 def test_what_is_removed_is_removed_whole_and_what_stays_restores(tmp_path):
     for store in (MemoryStore(), LocalStore(tmp_path)):
         filled(store, [10, 20, 30, 40])
-        assert retain(store, [KeepLast(2)], known_pinned=set(), committed=40) == [10, 20]
+        assert retain(store, [KeepLast(2)], committed=40) == [10, 20]
         assert recorded_steps(store) == [30, 40]
         assert steps_with_objects(store) == {30, 40}
         for step in (30, 40):
             assert load("memory://unused", step=step, store=store)["x"][0].item() == step
 
 
-def test_a_pinned_checkpoint_stays_and_is_read_only_once():
+def test_a_pinned_checkpoint_stays_and_what_is_known_is_not_read_again():
     store = MemoryStore()
     filled(store, [10], pinned=True)
     filled(store, [20, 30])
-    pinned = set()
-    assert retain(store, [KeepLast(1)], known_pinned=pinned, committed=30) == [20]
+    counted = FaultyStore(store, operations={"get", "get_into"})
+    retention = Retention(counted, [KeepLast(1)])
+    assert retention.retain(committed=30, lineage=LINEAGE).removed == (20,)
     assert recorded_steps(store) == [10, 30]
-    counted = FaultyStore(store, operations={"get"})
-    assert retain(counted, [KeepLast(1)], known_pinned=pinned, committed=30) == []
+    counted.calls.clear()
+    assert retention.retain(committed=30, lineage=LINEAGE).removed == ()
     assert counted.calls == []
 
 
@@ -105,9 +116,9 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint():
         calls += 1
         store = MemoryStore()
         filled(store, [10, 20, 30])
-        cut = FaultyStore(store, {calls}, operations={"delete"}, error=lambda: errors.StoreAuthError("cut"))
+        cut = FaultyStore(store, {calls}, operations={"delete", "remove"}, error=lambda: errors.StoreAuthError("cut"))
         try:
-            retain(cut, [KeepLast(1)], known_pinned=set(), committed=30)
+            retain(cut, [KeepLast(1)], committed=30)
         except errors.StoreAuthError:
             for step in recorded_steps(store):
                 assert load("memory://unused", step=step, store=store)["x"][0].item() == step
@@ -121,14 +132,14 @@ def test_a_damaged_checkpoint_does_not_count_as_one_of_the_newest():
     mark_damaged(store, 20)
     mark_damaged(store, 30)
     filled(store, [15])  # restored from 10, and went on
-    assert retain(store, [KeepLast(2)], known_pinned=set(), committed=15) == []
+    assert retain(store, [KeepLast(2)], committed=15) == []
     assert load("memory://unused", step=10, store=store)["x"][0].item() == 10
 
 
 def test_a_damaged_checkpoint_goes_when_its_time_has_come():
     store = filled(MemoryStore(), [10, 20, 30, 40])
     mark_damaged(store, 10)
-    assert retain(store, [KeepLast(2)], known_pinned=set(), committed=40) == [10, 20]
+    assert retain(store, [KeepLast(2)], committed=40) == [10, 20]
     assert recorded_steps(store) == [30, 40]
     assert [entry.key for entry in store.list() if "damaged" in entry.key] == []
 
@@ -137,7 +148,7 @@ def test_what_was_just_committed_stays_below_newer_steps_too():
     """A Saver that restored an old step by its number and goes on from there."""
     store = filled(MemoryStore(), [10, 20, 30])
     filled(store, [11])
-    retain(store, [KeepLast(2)], known_pinned=set(), committed=11)
+    retain(store, [KeepLast(2)], committed=11)
     assert 11 in recorded_steps(store)
     assert load("memory://unused", step=11, store=store)["x"][0].item() == 11
 
@@ -145,5 +156,109 @@ def test_what_was_just_committed_stays_below_newer_steps_too():
 def test_an_unreadable_record_is_left_alone():
     store = filled(MemoryStore(), [20, 30])
     store.put(keys.record_key(10), [b"{"])
-    assert retain(store, [KeepLast(1)], known_pinned=set(), committed=30) == [20]
+    assert retain(store, [KeepLast(1)], committed=30) == [20]
     assert recorded_steps(store) == [10, 30]
+
+
+def test_checkpoints_of_another_lineage_are_neither_counted_nor_removed_and_told_once():
+    store = filled(MemoryStore(), [10, 20, 30, 100], lineage="aaaaaaaa")
+    filled(store, [11, 12, 13], lineage="bbbbbbbb")
+    retention = Retention(store, [KeepLast(2)])
+    first = retention.retain(committed=13, lineage="bbbbbbbb")
+    assert first.removed == (11,)
+    assert first.foreign == (10, 20, 30, 100)
+    filled(store, [14], lineage="bbbbbbbb")
+    filled(store, [110], lineage="cccccccc")
+    second = retention.retain(committed=14, lineage="bbbbbbbb")
+    assert second.removed == (12,)
+    assert second.foreign == (110,), "the others were told before"
+    assert recorded_steps(store) == [10, 13, 14, 20, 30, 100, 110]
+
+
+def test_a_step_that_another_lineage_took_meanwhile_is_not_removed():
+    store = filled(MemoryStore(), [10, 20, 30])
+
+    class Retaken(FaultyStore):
+        def get_version(self, key, *, max_bytes):
+            reads.append(key)
+            if reads.count(keys.record_key(10)) == 2:  # once to count it, and now to remove it
+                change_record(store, 10, lineage="ffffffff")
+            return super().get_version(key, max_bytes=max_bytes)
+
+    reads = []
+    assert retain(Retaken(store), [KeepLast(1)], committed=30) == [20]
+    assert recorded_steps(store) == [10, 30]
+
+
+NEWER = {
+    "a later format": {"format": 2},
+    "something it requires": {"requires": ["delta"]},
+    "more levels than this reader takes": {"config": functools.reduce(lambda inner, _: [inner], range(40), [])},
+}
+
+
+@pytest.mark.parametrize("change", NEWER.values(), ids=NEWER.keys())
+def test_a_newer_checkpoint_is_neither_counted_nor_removed(change):
+    store = filled(MemoryStore(), [10, 20, 30, 40])
+    change_record(store, 10, **change)
+    before = {entry.key for entry in store.list("step-0000000010")}
+    assert retain(store, [KeepLast(2)], committed=40) == [20]
+    assert {entry.key for entry in store.list("step-0000000010")} == before
+
+
+def test_a_newer_checkpoint_at_the_top_takes_nobodys_place():
+    store = filled(MemoryStore(), [10, 20, 30])
+    change_record(store, 30, requires=["delta"])
+    assert retain(store, [KeepLast(1)], committed=20) == [10]
+    assert load("memory://unused", step=20, store=store)["x"][0].item() == 20
+
+
+def test_below_a_checkpoint_of_another_format_everything_stays():
+    """Only a reader of that format can tell what it needs."""
+    store = filled(MemoryStore(), [10, 20, 30, 40, 50])
+    change_record(store, 30, format=2)
+    assert retain(store, [KeepLast(1)], committed=50) == [40]
+    assert {10, 20, 30, 50} <= steps_with_objects(store)
+
+
+@pytest.mark.parametrize("change", [{}, {"requires": ["delta"]}, {"lineage": "ffffffff"}, {"pinned": True}])
+def test_a_folder_that_a_kept_record_names_stays(change):
+    store = filled(MemoryStore(), [10, 20, 30])
+    folders = [find_folder(store, 10), find_folder(store, 20)]
+    change_record(store, 20, folders=folders, **change)
+    before = [entry.key for entry in store.list(folders[0])]
+    assert retain(store, [KeepLast(1), KeepEvery(20)], committed=30) == [10]
+    assert [entry.key for entry in store.list(folders[0])] == before
+
+
+def test_a_folder_goes_with_the_last_record_that_names_it():
+    store = filled(MemoryStore(), [10, 20, 30])
+    change_record(store, 20, folders=[find_folder(store, 10), find_folder(store, 20)])
+    assert retain(store, [KeepLast(2)], committed=30) == [10]
+    assert 10 in steps_with_objects(store)
+    filled(store, [40])
+    assert retain(store, [KeepLast(2)], committed=40) == [20]
+    assert steps_with_objects(store) == {30, 40}
+
+
+def test_a_folder_that_a_damaged_record_still_names_stays():
+    store = filled(MemoryStore(), [10, 20, 30])
+    named = find_folder(store, 10)
+    change_record(store, 20, folders=[named, find_folder(store, 20)])
+    key = keys.record_key(20)
+    store.put(key, [store.get(key, max_bytes=2**20).replace(b'"epoch": null', b'"epoch": nuIl')])
+    assert retain(store, [KeepLast(1)], committed=30) == [10]
+    assert list(store.list(named))
+
+
+def test_a_record_without_its_index_is_not_counted():
+    """A stump at the top must not cost the last good one its place."""
+    store = filled(MemoryStore(), [10, 20, 30])
+    store.delete([find_folder(store, 30) + "index.json.zst"])
+    assert retain(store, [KeepLast(1)], committed=20) == [10]
+    assert load("memory://unused", step=20, store=store)["x"][0].item() == 20
+
+
+def find_folder(store, step):
+    (folder,) = {entry.key.rpartition("/")[0] + "/" for entry in store.list(f"step-{step:010d}/")}
+    return folder

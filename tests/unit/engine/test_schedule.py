@@ -73,6 +73,7 @@ class Walk:
                 found.append((task, "done"))
             if self.harm:
                 found += [(task, "failed"), (task, "worker died")]
+                found += [(task, "nobody knows")] if task.kind == "commit" else []
         return found
 
     def follow(self, task, what):
@@ -88,12 +89,11 @@ class Walk:
             ended = finish(self.schedule, task, result="exists")
         else:
             self.harm -= 1
-            failed = what == "failed"
-            ended = (
-                self.schedule.failed(task, errors.StoreError("no"))
-                if failed
-                else self.schedule.lost(task, "was killed")
-            )
+            if what == "worker died":
+                ended = self.schedule.lost(task, "was killed")
+            else:
+                kind = errors.StoreError if what == "failed" else errors.CommitUnknownError
+                ended = self.schedule.failed(task, kind("no"))
         self.kinds.append((task.kind, what))
         self.answer(ended)
 
@@ -146,11 +146,16 @@ def check_walk(walk, *, retention):
         return
     assert not committed, f"a committed save was answered with {ended}: {walk.kinds}"
     kinds = [kind for kind, what in walk.kinds if what != "worker died" and kind != "snapshot"]
-    assert kinds[-1] == "abandon", walk.kinds
-    assert kinds.count("abandon") == 1
+    if {("commit", "worker died"), ("commit", "nobody knows")} & set(walk.kinds):
+        assert "abandon" not in kinds, f"the record may still arrive, and needs its folder: {walk.kinds}"
+    else:
+        assert kinds[-1] == "abandon", walk.kinds
+        assert kinds.count("abandon") == 1
     whats = [what for _, what in walk.kinds]
     if isinstance(ended.error, errors.SnapshotError):
         assert "withdrawn" in whats
+    elif isinstance(ended.error, errors.CommitUnknownError):
+        assert "nobody knows" in whats
     elif ended.error is not None:
         assert isinstance(ended.error, errors.StoreError)
         assert "failed" in whats
@@ -252,6 +257,30 @@ def test_a_task_that_kills_every_worker_fails_its_save_with_its_own_error():
     assert isinstance(ended.error, errors.WorkerDiedError)
     assert ended.error.step == run.job.step
     assert [task.kind for task in take(schedule)] == ["abandon"]
+
+
+def test_a_commit_that_kills_every_worker_may_still_appear_and_nothing_of_it_is_removed():
+    schedule = Schedule(retention=False)
+    schedule.submit(job(), 0)
+    check, commit = take(schedule)
+    finish(schedule, check)
+    for _ in range(1, MAX_DEATHS):
+        assert schedule.lost(commit, "died") is None
+        assert take(schedule) == [commit]
+    ended = schedule.lost(commit, "died")
+    assert isinstance(ended.error, errors.CommitUnknownError)
+    assert isinstance(ended.error.__cause__, errors.WorkerDiedError)
+    assert schedule.idle
+
+
+def test_a_lost_race_whose_record_may_still_arrive_leaves_its_folder():
+    schedule = Schedule(retention=False)
+    schedule.submit(job(), 0)
+    check, commit = take(schedule)
+    finish(schedule, check)
+    ended = schedule.done(commit, CommitOutcome("exists", may_appear=True).to_json())
+    assert ended.outcome.result == "exists"
+    assert schedule.idle
 
 
 def test_a_removal_that_kills_every_worker_is_given_up():

@@ -1,0 +1,150 @@
+"""Which run's checkpoints a Saver goes on with, and the look at its folder before its first save.
+
+A run inherits the lineage of the checkpoint that it restored, so that retention knows which checkpoints are its own.
+"""
+
+import contextlib
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from asyncckpt import errors
+from asyncckpt.checkpoints.admission import admit, newest_lineage
+from asyncckpt.store.base import Store
+from asyncckpt.store.opening import parse_url
+
+FIRST_CONTACT_S = 15.0
+"""So long a first save waits for one LIST. Then it goes on, and the service looks as soon as the store answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What this process knows of a root. `restored`: it has read a checkpoint there, and so knows what it does."""
+
+    lineage: str
+    restored: bool
+
+
+Root = Store | str
+"""What tells one root from another: a URL in its one form, or the user's own Store."""
+
+_by_url: dict[str, Note] = {}
+_by_store: "weakref.WeakKeyDictionary[Store, Note]" = weakref.WeakKeyDictionary()
+
+
+def root_of(url: str | os.PathLike[str], store: object) -> Root:
+    """The root that a front door was given."""
+    return store if isinstance(store, Store) else str(parse_url(url))
+
+
+def note(root: Root, lineage: str, *, restored: bool) -> None:
+    """This process has restored a checkpoint of this lineage below the root, or committed one."""
+    before = known(root)
+    made = Note(lineage, restored or (before is not None and before.restored))
+    if isinstance(root, str):
+        _by_url[root] = made
+        return
+    with contextlib.suppress(TypeError):  # an object that cannot be remembered
+        _by_store[root] = made
+
+
+def known(root: Root) -> Note | None:
+    """What this process knows of the root."""
+    if isinstance(root, str):
+        return _by_url.get(root)
+    with contextlib.suppress(TypeError):
+        return _by_store.get(root)
+    return None
+
+
+class Arrival:
+    """One Saver's right to write below its root, and the lineage that its checkpoints get.
+
+    `open_store`: for the look, which has a thread and a store of its own, so that nothing waits for one that is away. `adopt`: take the
+    newest checkpoint's lineage instead of asking whose it is.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        open_store: Callable[[], AbstractContextManager[Store]],
+        *,
+        adopt: bool,
+        wait_s: float = FIRST_CONTACT_S,
+    ) -> None:
+        self.lineage = secrets.token_hex(4)
+        self._root = root
+        self._open_store = open_store
+        self._adopt = adopt
+        self._wait_s = wait_s
+        self._settled = False
+        self._waited = False
+        self._thread: threading.Thread | None = None
+        self._conflict: errors.CheckpointConflictError | None = None
+
+    @property
+    def newcomer(self) -> bool:
+        """Whether the engine must look before it commits, since nobody could yet."""
+        return not self._settled and not self._adopt
+
+    def resume(self) -> None:
+        """A checkpoint was restored from this root: its run goes on."""
+        if (found := known(self._root)) is not None:
+            self.lineage, self._settled = found.lineage, True
+
+    def begin(self, step: int) -> None:
+        """Start to look, in the background; `admit` hears the answer."""
+        if self._settled or self._thread is not None:
+            return
+        found = known(self._root)
+        if found is not None:
+            self.lineage = found.lineage
+            if found.restored and not self._adopt:
+                self._settled = True
+                return
+        self._thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
+        self._thread.start()
+
+    def admit(self) -> None:
+        """Wait for the answer; `CheckpointConflictError` if another run's checkpoints stand above the step.
+
+        Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits.
+        """
+        if self._settled or self._thread is None:
+            return
+        self._thread.join(0 if self._waited else self._wait_s)
+        self._waited = True
+        conflict, self._conflict = self._conflict, None
+        if conflict is not None:
+            self._thread, self._waited = None, False  # the next save looks again: the user may have rewound
+            raise conflict
+        if self._adopt and not self._settled and not self._thread.is_alive():
+            self._thread = None  # no answer yet: the next save asks again, and does not wait
+
+    def committed(self) -> None:
+        """A checkpoint of this Saver stands."""
+        if not self._adopt:
+            self._settled = True
+        note(self._root, self.lineage, restored=False)
+
+    def close(self) -> None:
+        """Wait until nothing looks any more."""
+        if self._thread is not None:
+            self._thread.join(self._wait_s)
+
+    def _look(self, step: int) -> None:
+        try:
+            with self._open_store() as store:
+                if self._adopt:
+                    self.lineage = newest_lineage(store) or self.lineage
+                else:
+                    admit(store, step)
+            self._settled = True
+        except errors.CheckpointConflictError as error:
+            self._conflict = error
+        except errors.CheckpointError:
+            return  # the save itself meets the same store, and tells

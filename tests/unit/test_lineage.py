@@ -1,0 +1,257 @@
+"""Whose checkpoints a run counts as its own, and what a run that begins in another's folder is told."""
+
+import logging
+import threading
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from asyncckpt import KeepLast, Run, Saver, errors, load, restore
+from asyncckpt.engine.catalog import read_record
+from asyncckpt.lineage import Arrival, note
+from asyncckpt.store.memory import MemoryStore
+from tests.counting import CountingStore
+from tests.faulty import FaultyStore
+from tests.records import change_record
+from tests.writer import write_checkpoint
+
+
+def state_of(step):
+    return {"model": {"w": torch.full((8,), float(step))}}
+
+
+def saved(store, *steps, **options):
+    with Saver("memory://unused", store=store, **options) as saver:
+        for step in steps:
+            saver.save(step, state_of(step)).result(30)
+
+
+def lineages(store):
+    with Run("memory://unused", store=store) as run:
+        return {checkpoint.step: checkpoint.record.lineage for checkpoint in run.checkpoints()}
+
+
+def of_another_process(*steps):
+    """A store whose checkpoints this process never saw."""
+    store = MemoryStore()
+    for step in steps:
+        write_checkpoint(store, step, state_of(step), lineage="0a0b0c0d")
+    return store
+
+
+@pytest.mark.parametrize("on_exists", ["skip", "raise"])
+def test_a_first_save_below_another_runs_checkpoints_raises_and_names_three_ways_out(on_exists):
+    store = of_another_process(5, 100)
+    with Saver("memory://unused", store=store, on_exists=on_exists) as saver:
+        with pytest.raises(errors.CheckpointConflictError, match="step 100") as raised:
+            saver.save(10, state_of(10))
+        assert raised.value.step == 10
+        for way in ("saver.restore(state)", "Run(url).rewind(5)", "another folder", "adopt=True"):
+            assert way in str(raised.value)
+    assert lineages(store) == {5: "0a0b0c0d", 100: "0a0b0c0d"}
+
+
+def test_the_same_process_that_trains_anew_without_a_restore_is_told_too():
+    """A cell of a notebook that is run again: its own checkpoints would be removed, one by one."""
+    store = MemoryStore()
+    saved(store, 80, 90, 100, keep=[KeepLast(3)])
+    with Saver("memory://unused", store=store, keep=[KeepLast(3)]) as saver:
+        with pytest.raises(errors.CheckpointConflictError):
+            saver.save(5, state_of(5))
+        with pytest.raises(errors.CheckpointConflictError):
+            saver.save(10, state_of(10))
+    assert sorted(lineages(store)) == [80, 90, 100]
+
+
+def test_where_nothing_stands_below_the_message_does_not_send_to_a_rewind_that_cannot_be():
+    with (
+        Saver("memory://unused", store=of_another_process(100)) as saver,
+        pytest.raises(errors.CheckpointConflictError, match="empty the folder"),
+    ):
+        saver.save(10, state_of(10))
+
+
+def test_after_a_restore_the_run_goes_on_and_inherits_the_lineage():
+    store = of_another_process(10, 20)
+    with Saver("memory://unused", store=store) as saver:
+        assert saver.restore(state_of(0), step=10).step == 10
+        saver.save(15, state_of(15)).result(30)
+    assert lineages(store)[15] == "0a0b0c0d"
+
+
+def test_after_a_rewind_the_same_saver_saves():
+    store = of_another_process(10, 100)
+    with Saver("memory://unused", store=store) as saver:
+        with pytest.raises(errors.CheckpointConflictError):
+            saver.save(20, state_of(20))
+        Run("memory://unused", store=store).rewind(10)
+        saver.save(20, state_of(20)).result(30)
+    assert sorted(lineages(store)) == [10, 20]
+
+
+def read_by_restore(store):
+    restore("memory://unused", state_of(0), store=store)
+
+
+def read_by_load(store):
+    load("memory://unused", store=store)
+
+
+def read_by_checkpoint(store):
+    Run("memory://unused", store=store).latest().load()
+
+
+@pytest.mark.parametrize("read", [read_by_restore, read_by_load, read_by_checkpoint])
+def test_whoever_read_a_checkpoint_in_this_process_knows_what_it_does(read):
+    """Loops that resume by other means than `Saver.restore`."""
+    store = of_another_process(10, 20)
+    read(store)
+    saved(store, 15)
+    assert lineages(store)[15] == "0a0b0c0d"
+
+
+def test_a_folder_is_known_by_its_url_however_it_is_written(tmp_path):
+    with Saver(tmp_path) as saver:
+        saver.save(20, state_of(20)).result(30)
+    before = Run(tmp_path).latest().record.lineage
+    load(f"file://{tmp_path}")
+    with Saver(str(tmp_path), engine="inline") as saver:
+        saver.save(10, state_of(10)).result(30)
+    assert Run(tmp_path).get(10).record.lineage == before
+
+
+def test_adopt_goes_on_with_the_newest_checkpoints_lineage():
+    store = of_another_process(10, 20)
+    saved(store, 15, adopt=True)
+    assert lineages(store)[15] == "0a0b0c0d"
+
+
+def test_adopt_in_an_empty_folder_draws_a_lineage():
+    store = MemoryStore()
+    saved(store, 15, adopt=True)
+    assert len(lineages(store)[15]) == 8
+
+
+def test_a_run_above_all_others_draws_a_lineage_of_its_own():
+    store = of_another_process(10)
+    saved(store, 20)
+    assert lineages(store)[20] != "0a0b0c0d"
+
+
+def test_savers_that_follow_each_other_in_one_process_are_one_run():
+    """Or a loop that makes a Saver each epoch would never remove anything."""
+    store = MemoryStore()
+    for step in (1, 2, 3, 4):
+        saved(store, step, keep=[KeepLast(2)])
+    assert sorted(lineages(store)) == [3, 4]
+    assert len(set(lineages(store).values())) == 1
+
+
+def test_a_damaged_or_marked_checkpoint_above_is_no_conflict():
+    store = of_another_process(10, 20, 30)
+    store.put("step-0000000030.json", [b"{"])
+    store.put("step-0000000020.damaged", [read_record(store, 20).attempt.encode()])
+    saved(store, 15)
+    assert 15 in lineages(MemoryStoreWithout(store, 20, 30))
+
+
+class MemoryStoreWithout(FaultyStore):
+    """Hides the records of some steps."""
+
+    def __init__(self, inner, *steps):
+        super().__init__(inner)
+        self.hidden = tuple(f"step-{step:010d}.json" for step in steps)
+
+    def list(self, prefix="", *, delimiter=False, start_after=""):
+        lines = self.inner.list(prefix, delimiter=delimiter, start_after=start_after)
+        return (line for line in lines if line.key not in self.hidden)
+
+
+def test_a_newer_checkpoint_above_is_a_conflict_too():
+    store = of_another_process(10, 20)
+    change_record(store, 20, requires=["delta"])
+    with Saver("memory://unused", store=store) as saver, pytest.raises(errors.CheckpointConflictError):
+        saver.save(15, state_of(15))
+
+
+def test_only_the_first_save_looks():
+    store = CountingStore(MemoryStore())
+    with Saver("memory://unused", store=store) as saver:
+        saver.save(1, state_of(1)).result(30)
+        assert store.gets["list"] == 1
+        saver.save(2, state_of(2)).result(30)
+    assert store.gets["list"] == 1
+
+
+def test_a_store_that_does_not_answer_lets_training_go_on_and_the_engine_looks_instead():
+    faulty = FaultyStore(of_another_process(100), {1}, operations={"list"})
+    with Saver("memory://unused", store=faulty) as saver:
+        save = saver.save(10, state_of(10))
+        with pytest.raises(errors.CheckpointConflictError, match="step 100"):
+            save.result(30)
+        later = saver.save(110, state_of(110))
+        assert not later.result(30).skipped
+        saver.save(105, state_of(105)).result(30)  # by now this run has checkpoints of its own
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            saver.wait()
+
+
+def test_a_store_that_hangs_holds_the_first_save_up_for_a_bounded_time_and_no_later_one():
+    answer = threading.Event()
+
+    class Hanging(FaultyStore):
+        def list(self, prefix="", *, delimiter=False, start_after=""):
+            answer.wait(30)
+            return super().list(prefix, delimiter=delimiter, start_after=start_after)
+
+    store = Hanging(of_another_process(100))
+    arrival = Arrival(store, lambda: nullcontext(store), adopt=False, wait_s=0.05)
+    arrival.begin(10)
+    arrival.admit()
+    assert arrival.newcomer, "the engine must look"
+    arrival.begin(20)
+    arrival.admit()
+    answer.set()
+    arrival.close()
+    with pytest.raises(errors.CheckpointConflictError):  # the answer came, if late
+        arrival.admit()
+
+
+def test_an_adopting_saver_asks_again_while_nobody_answers():
+    faulty = FaultyStore(of_another_process(100), {1}, operations={"list"})
+    arrival = Arrival(faulty, lambda: nullcontext(faulty), adopt=True)
+    for step in (10, 20):
+        arrival.begin(step)
+        arrival.admit()
+        arrival.close()
+    assert not arrival.newcomer
+    assert arrival.lineage == "0a0b0c0d"
+
+
+def test_what_a_process_knows_of_one_store_says_nothing_of_another():
+    store, other = of_another_process(10), of_another_process(10)
+    note(store, "0a0b0c0d", restored=True)
+    saved(store, 5)
+    with Saver("memory://unused", store=other) as saver, pytest.raises(errors.CheckpointConflictError):
+        saver.save(5, state_of(5))
+
+
+@pytest.mark.parametrize("engine", ["inline", "service"])
+def test_retention_leaves_another_runs_checkpoints_alone_and_says_so_once(engine, tmp_path, caplog):
+    for step in (1, 2, 3):
+        with Run(tmp_path) as run:
+            write_checkpoint(run._store, step, state_of(step), lineage="0a0b0c0d")
+    with (
+        caplog.at_level(logging.WARNING, "asyncckpt"),
+        Saver(tmp_path, keep=[KeepLast(1)], engine=engine, workers=2) as saver,
+    ):
+        for step in (10, 11, 12, 13):
+            saver.save(step, state_of(step)).result(30)
+    with Run(tmp_path) as run:
+        assert [checkpoint.step for checkpoint in run.checkpoints()] == [1, 2, 3, 13]
+    told = [line for line in caplog.messages if "another run" in line]
+    assert len(told) == 1
+    assert "1, 2, 3" in told[0]
