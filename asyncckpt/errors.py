@@ -117,11 +117,19 @@ class ForkedSaverError(CheckpointError):
 
 
 class StoreError(CheckpointError):
-    """A store refused or failed."""
+    """A store refused or failed.
+
+    `unanswered`: a send of this request, this one or an earlier try, had no answer that says what became of it, so it may have
+    taken effect or may still. False: whatever was sent was refused, or never left this host.
+    """
+
+    unanswered = False
 
 
 class TransientStoreError(StoreError):
-    """Worth another try."""
+    """Worth another try. Unless the store refused it, or it was never sent, nobody knows whether it took effect (`unanswered`)."""
+
+    unanswered = True
 
 
 class DeadlineExceededError(StoreError):
@@ -216,6 +224,8 @@ def to_json(error: BaseException) -> dict[str, Any]:
     if isinstance(error, CheckpointError):
         data: dict[str, Any] = {"type": type(error).__name__, "message": error.message}
         data |= {"step": error.step, "key": error.key, "attempt": error.attempt}
+        if isinstance(error, StoreError):
+            data["unanswered"] = error.unanswered
     else:
         data = {"type": "CheckpointError", "message": f"{type(error).__name__}: {error}"}
     if error.__cause__ is not None:
@@ -229,6 +239,8 @@ def from_json(data: Mapping[str, Any]) -> CheckpointError:
     if kind is SaveFailedError:
         kind = CheckpointError
     error = kind(data["message"], step=data.get("step"), key=data.get("key"), attempt=data.get("attempt"))
+    if isinstance(error, StoreError) and "unanswered" in data:
+        error.unanswered = bool(data["unanswered"])
     if data.get("cause"):
         error.__cause__ = from_json(data["cause"])
     return error

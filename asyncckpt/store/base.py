@@ -135,7 +135,8 @@ class Store(ABC):
     def replace(self, key: str, data: Buffers, old: Version) -> None:
         """Store the buffers over exactly the object that was read as `old`: atomic and durable when it returns.
 
-        `ObjectChangedError` if another stands there by now, `ObjectNotFoundError` if none does.
+        Of any number of writers that read the same object one succeeds, and the others get `ObjectChangedError` (another stands there
+        by now) or `ObjectNotFoundError` (none does). Then, and after any error that is not `unanswered`, this call changed nothing.
         """
 
     @abstractmethod

@@ -1,6 +1,5 @@
 """A store in a folder of a POSIX filesystem: atomic by link and rename, durable by fsync of files and folders."""
 
-import errno
 import os
 import re
 import secrets
@@ -12,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from asyncckpt.errors import LocalIOError, ObjectChangedError, ObjectNotFoundError, ResourceLimitError, StoreError
+from asyncckpt.store import beneath
 from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version, byte_views, check_key, is_key
 from asyncckpt.store.direct import NewFile, gains
 from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
+from asyncckpt.store.records_lock import RecordsLock
 
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
 _UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
@@ -28,7 +29,9 @@ class LocalStore(Store):
 
     A write goes to a temporary file in `root/.asyncckpt-unfinished`, is synced, and then gets its name: by `os.link`
     where the name must be free (rename would overwrite), by rename otherwise. Temporary files of writers that were
-    killed are removed by the first write of any store a day later. `root` must be one filesystem.
+    killed are removed by the first write of any store a day later. `root` must be one filesystem, and may be a link. Links
+    below it are read through; whatever removes a name below a link removes the link, and nothing that it points to.
+    To replace or to remove what was read takes a lock (`records_lock`).
     """
 
     rereads = True
@@ -39,6 +42,7 @@ class LocalStore(Store):
         self._file_mode = 0o666 & ~umask()
         self._synced: set[Path] = set()
         self._swept = False
+        self._records = RecordsLock(self._root / _UNFINISHED, self._make_folder, self._progress)
         self._direct: bool | None = None  # not known before the folder is there
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
@@ -98,11 +102,25 @@ class LocalStore(Store):
         return Version(self.get(key, max_bytes=max_bytes), "")
 
     def replace(self, key: str, data: Buffers, old: Version) -> None:
-        self._check_same(key, old)
-        self.put(key, data)
+        path = self._path(key)
+        with translated("replace", key):
+            temporary, file = self._open_temporary()
+            try:
+                try:
+                    file.write(byte_views(data), 0, self._progress)
+                    file.sync()
+                finally:
+                    file.close()
+                with self._records.held(key):
+                    self._check_same(key, old)
+                    self._publish(temporary, path, if_absent=False)
+            finally:
+                unlink(temporary)
 
     def remove(self, key: str, old: Version) -> None:
-        with suppress(ObjectNotFoundError):
+        if self.head(key) is None:
+            return
+        with translated("remove", key), self._records.held(key), suppress(ObjectNotFoundError):
             self._check_same(key, old)
             self.delete([key])
 
@@ -115,15 +133,15 @@ class LocalStore(Store):
             raise ObjectChangedError("another object stands there by now", key=key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        folders: dict[Path, str] = {}
+        """As the contract says. Never through a symbolic link below the root: what is below one goes by removing the link alone."""
+        folders: dict[str, list[str]] = {}
         for key in keys:
-            path = self._path(key)
-            with translated("delete", key), suppress(FileNotFoundError, NotADirectoryError):
-                path.unlink()
-                folders[path.parent] = key
-        for folder, key in folders.items():
-            with translated("delete", key):
-                self._prune(folder)
+            folder, _, name = check_key(key).rpartition("/")
+            folders.setdefault(folder, []).append(name)
+        for folder, names in folders.items():
+            with translated("delete", f"{folder}/{names[0]}" if folder else names[0]):
+                for gone in beneath.unlink_all(self._root, folder, names):
+                    self._synced.discard(self._root / gone)
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -144,16 +162,18 @@ class LocalStore(Store):
         try:
             with os.scandir(self._root / folder) as lines:
                 found = [(f"{line.name}/" if line.is_dir(follow_symlinks=False) else line.name, line) for line in lines]
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        except OSError as error:
+            if error.errno in ABSENT:
+                return
+            raise
         for name, line in sorted(found, key=lambda pair: pair[0]):
             key = folder + name
             if not name.startswith(name_prefix) or not is_key(key.removesuffix("/")):
                 continue
             if not name.endswith("/"):
-                with suppress(FileNotFoundError):
-                    if line.is_file():
-                        yield Entry(key, line.stat().st_size, line.stat().st_mtime)
+                found_file = _file_of(line)
+                if found_file is not None:
+                    yield Entry(key, found_file.st_size, found_file.st_mtime)
             elif not delimiter:
                 yield from self._walk(key, "", delimiter=False)
             elif next(self._walk(key, "", delimiter=False), None):  # an empty folder is no prefix
@@ -186,7 +206,12 @@ class LocalStore(Store):
                 break
         else:
             raise LocalIOError(f"the folder {path.parent} vanishes as often as it is made")
-        self._sync_folders(path.parent)
+        try:
+            self._sync_folders(path.parent)
+        except OSError as error:
+            failed = mapped(error, "put", path.relative_to(self._root).as_posix())
+            failed.unanswered = True  # it has its name already
+            raise failed from error
 
     def _make_folder(self, folder: Path) -> None:
         for last in (*(False,) * _TRIES, True):
@@ -214,24 +239,9 @@ class LocalStore(Store):
             self._synced.add(folder)
             folder = folder.parent
 
-    def _prune(self, folder: Path) -> None:
-        """Sync a folder, or remove it, and those above it, when it is empty."""
-        while folder != self._root:
-            try:
-                folder.rmdir()
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                    raise
-                break
-            self._synced.discard(folder)
-            folder = folder.parent
-        with suppress(FileNotFoundError):
-            sync_folder(folder)
-
     def close(self) -> None:
         """Take the folder of temporary files away, unless another writer has one there."""
+        self._records.remove()
         with suppress(OSError):
             (self._root / _UNFINISHED).rmdir()
 
@@ -304,11 +314,27 @@ class LocalUpload(Upload):
         return True
 
 
+def _file_of(line: "os.DirEntry[str]") -> os.stat_result | None:
+    """What a name in a folder leads to, if it is a file; links may lead anywhere, also nowhere."""
+    try:
+        found = line.stat()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or line.is_symlink():
+            return None
+        raise
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
 def _sweep(folder: Path) -> None:
-    """Remove what writers that were killed left behind more than a day ago."""
-    with suppress(OSError), os.scandir(folder) as lines:
-        for line in lines:
-            if _UNFINISHED_NAME.fullmatch(line.name):
-                with suppress(OSError):
-                    if time.time() - line.stat(follow_symlinks=False).st_mtime > _ABANDONED_S:
-                        unlink(Path(line.path))
+    """Remove what writers that were killed left behind more than a day ago; a folder behind a link is not ours."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            with os.scandir(descriptor) as lines:
+                for line in lines:
+                    if _UNFINISHED_NAME.fullmatch(line.name):
+                        with suppress(OSError):
+                            if time.time() - line.stat(follow_symlinks=False).st_mtime > _ABANDONED_S:
+                                os.unlink(line.name, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)

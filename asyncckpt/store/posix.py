@@ -17,7 +17,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.store.base import Progress
 
-ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # the last: a link that leads nowhere
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CALL_BYTES = 64 * 2**20  # moved by one system call, so that progress is seen in between
 _CALL_BUFFERS = 1024  # IOV_MAX of Linux
@@ -60,15 +60,21 @@ def read(descriptor: int, target: memoryview, offset: int, key: str, progress: P
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Filesystems that cannot sync a folder (EINVAL) are taken at their word."""
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync(folder: int) -> None:
+    """The same for an open one. Filesystems that cannot sync a folder (EINVAL) are taken at their word."""
+    try:
+        os.fsync(folder)
     except OSError as error:
         if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def link(temporary: Path, path: Path) -> None:
@@ -98,9 +104,12 @@ def umask() -> int:
 
 @contextmanager
 def translated(operation: str, key: str) -> Iterator[None]:
-    """Raise our error for an `OSError`."""
+    """Raise our error for an `OSError`; one of ours learns its key."""
     try:
         yield
+    except StoreError as error:
+        error.at(key=key)
+        raise
     except OSError as error:
         raise mapped(error, operation, key) from error
 

@@ -8,7 +8,14 @@ from typing import TypeVar
 
 import tenacity
 
-from asyncckpt.errors import DeadlineExceededError, StoreError, TransientStoreError
+from asyncckpt.errors import (
+    DeadlineExceededError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    ResourceLimitError,
+    StoreError,
+    TransientStoreError,
+)
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
 from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version
@@ -22,6 +29,9 @@ T = TypeVar("T")
 
 class RetryingStore(Store):
     """Retries `TransientStoreError` of `inner`, and nothing else.
+
+    An error that is raised after a try that had no answer is `unanswered` too: what that try sent may still take effect, whatever
+    the store said to the next one.
 
     Waits are drawn evenly below a doubling bound ("full jitter", https://aws.amazon.com/blogs/architecture/
     exponential-backoff-and-jitter/) from a generator of its own: the global one belongs to the training.
@@ -61,7 +71,7 @@ class RetryingStore(Store):
         self.max_parts = inner.max_parts
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
-        """As the contract says; but after a lost answer `ObjectExistsError` may be raised against our own put."""
+        """As the contract says; but after a lost answer `ObjectExistsError` may be raised against our own put: it is `unanswered` then."""
         self._try("put", key, lambda: self._inner.put(key, data, if_absent=if_absent))
 
     def start_upload(self, key: str) -> Upload:
@@ -96,11 +106,44 @@ class RetryingStore(Store):
         return self._try("get", key, lambda: self._inner.get_version(key, max_bytes=max_bytes))
 
     def replace(self, key: str, data: Buffers, old: Version) -> None:
-        """As the contract says; but after a lost answer `ObjectChangedError` may be raised against our own put."""
+        """As the contract says; but after a lost answer `ObjectChangedError` may be raised against our own put.
+
+        So after an error that is `unanswered` read the object: what stands there tells. After another one nothing was changed.
+        """
         self._try("replace", key, lambda: self._inner.replace(key, data, old))
 
     def remove(self, key: str, old: Version) -> None:
-        self._try("remove", key, lambda: self._inner.remove(key, old))
+        """As the contract says. After a try without an answer the object is read before another is sent.
+
+        So what somebody puts there meanwhile stays, also at a store that ignores the condition of a deletion. `ObjectChangedError`:
+        what was read as `old` is gone, by us or by somebody else, and another object stands there. Any other error that is
+        `unanswered`: it may be gone, now or later.
+        """
+        answered = True
+
+        def send() -> None:
+            nonlocal answered
+            try:
+                if not answered and not self._still_there(key, old):
+                    return
+                self._inner.remove(key, old)
+            except TransientStoreError as error:
+                answered = answered and not error.unanswered
+                raise
+
+        self._try("remove", key, send)
+
+    def _still_there(self, key: str, old: Version) -> bool:
+        """Whether `old` stands: False if nothing does, `ObjectChangedError` if another object does."""
+        try:
+            found = self._inner.get_version(key, max_bytes=len(old.data))
+        except ObjectNotFoundError:
+            return False
+        except ResourceLimitError:
+            found = None
+        if found != old:
+            raise ObjectChangedError("another object stands there by now", key=key)
+        return True
 
     def delete(self, keys: Iterable[str]) -> None:
         names = tuple(keys)
@@ -118,11 +161,17 @@ class RetryingStore(Store):
             )  # nearly every request ends here, and tenacity's machinery costs more than a read of a megabyte
         except TransientStoreError as error:
             failures = [error]
+            unanswered = error.unanswered
 
         def again() -> T:
-            if failures:
-                raise failures.pop()
-            return call()
+            nonlocal unanswered
+            try:
+                if failures:
+                    raise failures.pop()
+                return call()
+            except StoreError as error:
+                unanswered = error.unanswered = unanswered or error.unanswered
+                raise
 
         end_s = started_s + (self._policy.deadline_s if deadline_s is None else deadline_s)
         retrying = tenacity.Retrying(
@@ -138,9 +187,11 @@ class RetryingStore(Store):
             tries = error.last_attempt.attempt_number
             last = error.last_attempt.exception()
             took_s = self._clock() - started_s
-            raise DeadlineExceededError(
+            late = DeadlineExceededError(
                 f"{operation} failed for {took_s:.0f} s, {tries} tries; the last said: {last}", key=key
-            ) from last
+            )
+            late.unanswered = unanswered
+            raise late from last
 
     def _wait_s(self, tries: int) -> float:
         bound_s = min(self._policy.first_wait_s * 2.0 ** min(tries - 1, 60), self._policy.max_wait_s)

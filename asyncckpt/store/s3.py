@@ -1,10 +1,9 @@
 """A store below a prefix of an S3 bucket, on AWS or on anything that speaks S3."""
 
-import logging
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any, Literal
 
 from botocore.exceptions import ClientError
@@ -20,11 +19,12 @@ from asyncckpt.errors import (
     UnsafeStoreError,
 )
 from asyncckpt.options import S3Options
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version, check_key, is_key
-from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client
-from asyncckpt.store.s3_errors import code_of, mapped, translated
+from asyncckpt.store.base import Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
+from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
+from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, signs_payload
+from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, status_of, translated
+from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
 
-_LOG = logging.getLogger("asyncckpt")
 _DELETE_BATCH = 1000  # what DeleteObjects takes
 _READ_BYTES = 2**20
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
@@ -58,20 +58,25 @@ class S3Store(Store):
         self._expectation = Expectation()
         self._deletes_batches = True
         self._lost_starts: set[str] = set()
+        self._checksums = Checksums(self._options.checksum, self._put_small, self._delete_one)
+        self._lock_of_probe = threading.Lock()
+        self._replaces = False  # proven: a put with another ETag in `If-Match` was refused
+        self._folder = ""  # of an object that this store wrote; its writer may put another one beside it
         self.conditional_puts: Literal["atomic", "unproven", "single_writer"]
         self.conditional_puts = "single_writer" if self._options.single_writer else "unproven"
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
-        params = {"Key": self._key(key), "Body": body_of(data, self._progress)}
+        params = {"Key": self._key(key)}
         if not if_absent:
-            self._send("put_object", key, **params)
+            self._put(key, data, **params)
             return
-        if self._options.single_writer and self.head(key):
-            raise ObjectExistsError("the object exists already", key=key)
+        with _around_the_put(unanswered=False):
+            if self._options.single_writer and self.head(key):
+                raise ObjectExistsError("the object exists already", key=key)
         try:
-            self._send("put_object", key, **params, IfNoneMatch="*")
+            self._put(key, data, **params, IfNoneMatch="*")
         except StoreError as error:
-            if _status(error.__cause__) != 501:
+            if status_of(error.__cause__) != 501:
                 raise
             if not self._options.single_writer:
                 raise UnsafeStoreError(
@@ -79,30 +84,25 @@ class S3Store(Store):
                     " S3Options(single_writer=True)",
                     key=key,
                 ) from error
-            self._send("put_object", key, **params)
+            self._put(key, data, **params)
 
     def start_upload(self, key: str) -> "S3Upload":
         name = self._key(key)
+        rung = self._rung(key)
+        announced = {"ChecksumAlgorithm": ALGORITHMS[rung]} if rung in ALGORITHMS else {}
         try:
-            answer = self._ask("create_multipart_upload", key, Key=name)
+            answer = self._ask("create_multipart_upload", key, Key=name, **announced)
         except TransientStoreError:
             self._lost_starts.add(key)  # it may have begun, and nobody was told its id
             raise
-        upload = S3Upload(self, key, answer["UploadId"])
+        upload = S3Upload(self, key, answer["UploadId"], rung)
         if key in self._lost_starts:
             upload.abort_others()
             self._lost_starts.discard(key)
         return upload
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
-        answer = self._ask("get_object", key, Key=self._key(key))
-        with closing(answer["Body"]) as body:
-            stored_bytes = answer["ContentLength"]
-            if stored_bytes > max_bytes:
-                raise ResourceLimitError(f"the object has {stored_bytes} bytes, more than {max_bytes}", key=key)
-            content = bytearray(stored_bytes)
-            self._receive(key, body, memoryview(content))
-        return bytes(content)
+        return self.get_version(key, max_bytes=max_bytes).data
 
     def get_into(self, key: str, start: int, target: memoryview) -> None:
         name = self._key(key)
@@ -134,6 +134,7 @@ class S3Store(Store):
             params["StartAfter"] = self._prefix + start_after
         while True:
             page = self._ask("list_objects_v2", prefix, **params)
+            self._check_name(page.get("Name", ""))
             found = [
                 Entry(item["Key"][len(self._prefix) :], item["Size"], item["LastModified"].timestamp())
                 for item in page.get("Contents", ())
@@ -158,17 +159,74 @@ class S3Store(Store):
         return Version(bytes(content), answer["ETag"])
 
     def replace(self, key: str, data: Buffers, old: Version) -> None:
-        try:
-            self._send("put_object", key, Key=self._key(key), Body=body_of(data, self._progress), IfMatch=old.tag)
-        except ObjectExistsError as error:
-            raise ObjectChangedError("another object stands there by now", key=key) from error
+        """As the contract says. The first time a put that must be refused tells whether this store can: else `UnsafeStoreError`.
+
+        With `single_writer` the object is read before and after instead.
+        """
+        name = self._key(key)
+        if self._options.single_writer:
+            with _around_the_put(unanswered=False):
+                self._check_same(key, old)
+            self._put(key, data, Key=name)
+            with _around_the_put(unanswered=True):
+                written = Version(b"".join(byte_views(data)), "")
+                self._check_same(key, written, " although single_writer was promised")
+            return
+        with _around_the_put(unanswered=False):
+            self._prove_replace(key)
+        with _told_apart(key):
+            self._put(key, data, Key=name, IfMatch=old.tag)
 
     def remove(self, key: str, old: Version) -> None:
+        """As the contract says, by one DELETE with `If-Match`. A store that ignores it there (MinIO does) removes what stands.
+
+        With `single_writer` the object is read before instead.
+        """
+        condition = {"IfMatch": old.tag}
+        with suppress(ObjectNotFoundError), _told_apart(key):
+            if self._options.single_writer:
+                condition = {}
+                with _around_the_put(unanswered=False):
+                    self._check_same(key, old)
+            self._ask("delete_object", key, Key=self._key(key), **condition)
+
+    def _check_same(self, key: str, old: Version, although: str = "") -> None:
         try:
-            with suppress(ObjectNotFoundError):
-                self._ask("delete_object", key, Key=self._key(key), IfMatch=old.tag)
-        except ObjectExistsError as error:
-            raise ObjectChangedError("another object stands there by now", key=key) from error
+            same = self.get(key, max_bytes=len(old.data)) == old.data
+        except ResourceLimitError:
+            same = False
+        if not same:
+            raise ObjectChangedError(f"another object stands there by now{although}", key=key)
+
+    def _prove_replace(self, key: str) -> None:
+        """Once: a put that names another ETag than the object has must be refused."""
+        with self._lock_of_probe:
+            if self._replaces or self._refuses_another_tag(key):
+                self._replaces = True
+                return
+        raise UnsafeStoreError(
+            "this store ignores `If-Match`, so what another writer has just put there could be replaced unseen; if there is only one"
+            " writer, say S3Options(single_writer=True)",
+            key=key,
+        )
+
+    def _refuses_another_tag(self, key: str) -> bool:
+        folder = key.rpartition("/")[0] or self._folder
+        probe = f"{folder}/probe" if folder else "probe"
+        tag = self._put_small(probe, b"asyncckpt probe\n")["ETag"]
+        try:
+            self._put_small(probe, b"asyncckpt probe\n", IfMatch=f'"{"0" * (len(tag) - 2)}"')
+        except ObjectExistsError:
+            return True
+        except ObjectNotFoundError as error:
+            raise TransientStoreError("the object of a probe was removed meanwhile", key=key) from error
+        except StoreError as error:
+            if status_of(error.__cause__) not in (400, 501):
+                raise
+        finally:
+            with suppress(StoreError):
+                self._delete_one(probe)
+        return False
 
     def delete(self, keys: Iterable[str]) -> None:
         todo = [check_key(key) for key in keys]
@@ -176,8 +234,11 @@ class S3Store(Store):
             batch = todo[at : at + _DELETE_BATCH]
             if len(batch) == 1 or not self._delete_batch(batch):
                 for key in batch:
-                    with suppress(ObjectNotFoundError):
-                        self._ask("delete_object", key, Key=self._key(key))
+                    self._delete_one(key)
+
+    def _delete_one(self, key: str) -> None:
+        with suppress(ObjectNotFoundError):
+            self._ask("delete_object", key, Key=self._key(key))
 
     def _delete_batch(self, keys: Sequence[str]) -> bool:
         """False if this store knows no DeleteObjects."""
@@ -187,7 +248,7 @@ class S3Store(Store):
         try:
             answer = self._ask("delete_objects", keys[0], Delete={"Objects": names, "Quiet": True})
         except StoreError as error:
-            if type(error) in (StoreError, ObjectNotFoundError) and _status(error.__cause__) in _NO_BATCHES:
+            if type(error) in (StoreError, ObjectNotFoundError) and status_of(error.__cause__) in _NO_BATCHES:
                 self._deletes_batches = False
                 return False
             raise
@@ -229,6 +290,49 @@ class S3Store(Store):
                 params["Body"].seek(0)
             return getattr(self._client(but_not=client), operation)(Bucket=self._bucket, **params)
 
+    def _rung(self, key: str) -> Rung:
+        with translated("client", key):
+            signed = signs_payload(self._client())
+        return self._checksums.rung(key, signed=signed)
+
+    def _put(self, key: str, data: Buffers, **params: Any) -> None:
+        """Put a body with its checksum."""
+        with _around_the_put(unanswered=False):
+            rung = self._rung(key)
+        try:
+            self._send_checked("put_object", key, data, rung, **params)
+        except StoreError as error:
+            if self._checksums.is_settled() or not refuses(error):
+                raise
+            self._send_checked(
+                "put_object", key, data, "md5", **params
+            )  # as old as S3: who knows no other knows this one
+        folder = key.rpartition("/")[0]
+        if folder:
+            self._folder = folder
+
+    def _put_small(self, key: str, data: bytes, **params: Any) -> Any:
+        return self._send("put_object", key, Key=self._key(key), Body=data, **params)
+
+    def _send_checked(
+        self, operation: str, key: str, data: Buffers, rung: Rung, *, part: int = 0, **params: Any
+    ) -> tuple[Any, dict[str, str]]:
+        """The answer to a body that was sent with its checksum, and the checksum."""
+        sent = headers(rung, data)
+        try:
+            answer = self._send(operation, key, Body=body_of(data, self._progress), **params, **sent)
+        except StoreError as error:
+            if code_of(error.__cause__) not in CHANGED:
+                raise
+            raise self._checksums.changed(key, part, error) from error.__cause__
+        self._checksums.verify(rung, sent, answer, key, part)
+        return answer, sent
+
+    def _check_name(self, name: str) -> None:
+        """A listing names its bucket; an alias of an access point stands for one of another name."""
+        if name != self._bucket and not (name and self._bucket.endswith(("-s3alias", "--ol-s3"))):
+            raise TransientStoreError(f"the store listed {name[:100]!r} when bucket {self._bucket!r} was asked for")
+
     def _send(self, operation: str, key: str, **params: Any) -> Any:
         """`_ask` with a body, from its beginning, without the question beforehand while all goes well."""
         if isinstance(params["Body"], Body):
@@ -255,46 +359,25 @@ class S3Store(Store):
                 self._progress()
 
 
-class S3Upload(Upload):
-    """A multipart upload."""
+@contextmanager
+def _around_the_put(*, unanswered: bool) -> Iterator[None]:
+    """What fails before a request that changes something says that nothing was changed; what fails behind it says that much was."""
+    try:
+        yield
+    except StoreError as error:
+        error.unanswered = unanswered
+        raise
 
-    def __init__(self, store: S3Store, key: str, upload_id: str) -> None:
-        self._store = store
-        self._key = key
-        self._name = store._key(key)
-        self._id = upload_id
-        self._parts: dict[int, tuple[str, int]] = {}  # number to ETag and bytes
 
-    def write(self, part: int, offset: int, data: Buffers) -> None:  # noqa: ARG002 - the number alone orders the parts
-        body = body_of(data, self._store._progress)
-        params = {"Key": self._name, "UploadId": self._id, "PartNumber": part, "Body": body}
-        answer = self._store._send("upload_part", self._key, **params)
-        self._parts[part] = (answer["ETag"], len(body))
-
-    def complete(self) -> None:
-        """Also when an earlier try succeeded and its answer was lost: then the upload is gone and the object is there."""
-        parts = [{"PartNumber": part, "ETag": tag} for part, (tag, _) in sorted(self._parts.items())]
-        params = {"Key": self._name, "UploadId": self._id, "MultipartUpload": {"Parts": parts}}
-        try:
-            self._store._ask("complete_multipart_upload", self._key, **params)
-        except ObjectNotFoundError as error:
-            found = self._store.head(self._key)
-            if found is None or found.stored_bytes != sum(part_bytes for _, part_bytes in self._parts.values()):
-                raise StoreError("the upload is gone: it was aborted, or expired", key=self._key) from error
-
-    def abort(self) -> None:
-        with suppress(ObjectNotFoundError):
-            self._store._ask("abort_multipart_upload", self._key, Key=self._name, UploadId=self._id)
-
-    def abort_others(self) -> None:
-        """Abort other uploads of this key: a key has one writer, so they are ours, begun by a try whose answer was lost."""
-        try:
-            open_ones = self._store._ask("list_multipart_uploads", self._key, Prefix=self._name).get("Uploads", ())
-            for one in open_ones:
-                if one["Key"] == self._name and one["UploadId"] != self._id:
-                    S3Upload(self._store, self._key, one["UploadId"]).abort()
-        except StoreError as error:
-            _LOG.warning("an upload of %s may have been left open: %s", self._key, error)
+@contextmanager
+def _told_apart(key: str) -> Iterator[None]:
+    """A precondition that failed is of an object that was read: it is another one by now."""
+    try:
+        yield
+    except ObjectExistsError as error:
+        changed = ObjectChangedError("another object stands there by now", key=key)
+        changed.unanswered = error.unanswered
+        raise changed from error
 
 
 def _parse_range(text: str) -> tuple[int, int, int]:
@@ -303,8 +386,3 @@ def _parse_range(text: str) -> tuple[int, int, int]:
     if not found:
         raise StoreError(f"the store sent a range that nobody can read: {text[:100]!r}")
     return int(found[1]), int(found[2]), int(found[3])
-
-
-def _status(error: BaseException | None) -> int:
-    """The HTTP status behind one of our errors, 0 without."""
-    return int(error.response["ResponseMetadata"]["HTTPStatusCode"]) if isinstance(error, ClientError) else 0

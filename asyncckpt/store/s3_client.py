@@ -13,6 +13,7 @@ from botocore.config import Config
 
 from asyncckpt.options import S3Options
 from asyncckpt.store.base import Buffers, Progress, byte_views
+from asyncckpt.store.s3_answers import judging
 
 CONNECTIONS = 32
 CONNECT_TIMEOUT_S = 10.0
@@ -50,8 +51,14 @@ def make_client(options: S3Options, expectation: Expectation) -> Any:
         client.close()
         client = session.client("s3", config=_config(options, endpoint_url))
     client.meta.events.register_last("before-call.s3", expectation.apply)
+    client.meta.events.register_last("before-parse.s3", judging(client.meta.endpoint_url))
     _warn_of_plain_http(client.meta.endpoint_url)
     return client
+
+
+def signs_payload(client: Any) -> bool:
+    """Whether the client sends a SHA-256 of each body, which S3 verifies."""
+    return bool(client.meta.config.s3["payload_signing_enabled"])
 
 
 def _config(options: S3Options, endpoint_url: str | None) -> Config:
@@ -65,7 +72,7 @@ def _config(options: S3Options, endpoint_url: str | None) -> Config:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         tcp_keepalive=True,
-        request_checksum_calculation=options.checksum,
+        request_checksum_calculation="when_required",  # ours are in headers: a trailer costs more, and some stores refuse it
         response_checksum_validation="when_required",
         s3={"addressing_style": style, "payload_signing_enabled": sign_payload},
     )
@@ -131,6 +138,18 @@ class Body:
             if size >= 0 and view.nbytes >= _SMALL_BYTES:
                 break
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def readinto(self, target: bytearray | memoryview) -> int:
+        """Fill `target` as far as bytes are left; how many. The signer of awscrt reads so, and takes no more than it asked for."""
+        self._progress()
+        room = memoryview(target).cast("B")
+        filled = 0
+        while filled < room.nbytes and self._number < len(self._views):
+            view = self._views[self._number][self._at - self._starts[self._number] :][: room.nbytes - filled]
+            room[filled : filled + view.nbytes] = view
+            filled += view.nbytes
+            self.seek(self._at + view.nbytes)
+        return filled
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """As for files."""

@@ -10,6 +10,7 @@ from http.client import HTTPException
 from typing import Any
 
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from asyncckpt.errors import (
@@ -67,7 +68,19 @@ _WAY_OUT: dict[type[StoreError], str] = {
     DiskFullError: "free space or raise the quota",
 }
 _WIRE = (HTTPError, HTTPException, OSError)
-_CONNECTION = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.FlexibleChecksumError, *_WIRE)
+_CONNECTION = (
+    *(boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, boto.FlexibleChecksumError),
+    *(ResponseParserError, *_WIRE),  # XML that ends in the middle
+)
+_UNSENT = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
+_DONE_NOTHING = """
+    BadDigest BandwidthLimitExceeded ConditionalRequestConflict IncompleteBody OperationAborted PriorRequestNotComplete
+    RequestLimitExceeded RequestThrottled RequestTimeout RequestTimeoutException SlowDown SlowDownRead SlowDownWrite Throttling
+    ThrottlingException TooManyRequests TooManyRequestsException XAmzContentChecksumMismatch XAmzContentSHA256Mismatch"""
+_REFUSED = frozenset(_DONE_NOTHING.split())
+"""Answers of S3 that say that nothing was done. An internal error may come behind the effect."""
+CHANGED = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
+"""What arrived is not what was sent."""
 _CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -90,10 +103,13 @@ _SECRET = re.compile(
 
 @contextmanager
 def translated(operation: str, key: str) -> Iterator[None]:
-    """Raise our error for any of theirs."""
+    """Raise our error for any of theirs; one of ours learns its key."""
     try:
         yield
-    except (boto.ClientError, boto.BotoCoreError, HTTPError, HTTPException, OSError) as error:
+    except StoreError as error:
+        error.at(key=key)
+        raise
+    except (boto.ClientError, boto.BotoCoreError, ResponseParserError, HTTPError, HTTPException, OSError) as error:
         raise mapped(error, operation, key) from _redacted_cause(error)
 
 
@@ -112,7 +128,9 @@ def mapped(error: Exception, operation: str, key: str) -> StoreError | CorruptCh
     elif isinstance(error, _CONNECTION) and not _is_mistake(error):
         kind = TransientStoreError
     text = f"{operation}: {redact(str(error))}"
-    return kind(f"{text}; {way_out}" if way_out else text, key=key)
+    found = kind(f"{text}; {way_out}" if way_out else text, key=key)
+    found.unanswered = kind is TransientStoreError and not isinstance(error, _UNSENT)
+    return found
 
 
 def _mapped_answer(error: boto.ClientError, operation: str, key: str) -> StoreError | CorruptCheckpointError:
@@ -136,13 +154,24 @@ def _mapped_answer(error: boto.ClientError, operation: str, key: str) -> StoreEr
         )
     if code == "InvalidObjectState":
         text += "; the object is archived: restore it from the archive first"
-    return kind(f"{text}; {_WAY_OUT[kind]}" if kind in _WAY_OUT else text, key=key)
+    found = kind(f"{text}; {_WAY_OUT[kind]}" if kind in _WAY_OUT else text, key=key)
+    found.unanswered = kind is TransientStoreError and code not in _REFUSED and status != 429
+    return found
 
 
-def code_of(error: boto.ClientError) -> str:
+def code_of(error: BaseException | None) -> str:
     """The store's own word for an error; empty where it sent none and botocore put the status there."""
+    if not isinstance(error, boto.ClientError):
+        return ""
     code = str(error.response.get("Error", {}).get("Code", ""))
     return "" if code.isdigit() else code
+
+
+def status_of(error: BaseException | None) -> int:
+    """The HTTP status of a vendor's error, 0 without."""
+    if not isinstance(error, boto.ClientError):
+        return 0
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def redact(text: str) -> str:

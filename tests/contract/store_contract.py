@@ -10,13 +10,14 @@ import pytest
 
 from asyncckpt.errors import (
     CorruptCheckpointError,
+    ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     ResourceLimitError,
     StoreError,
     UnsafeCheckpointError,
 )
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import Store, Version
 
 UNSAFE_KEYS = [
     "",
@@ -235,6 +236,9 @@ class StoreContract:
             lambda: store.get(key, max_bytes=1),
             lambda: store.get_into(key, 0, memoryview(bytearray(1))),
             lambda: store.head(key),
+            lambda: store.get_version(key, max_bytes=1),
+            lambda: store.replace(key, [b"x"], Version(b"y", "")),
+            lambda: store.remove(key, Version(b"y", "")),
             lambda: store.delete([key]),
         ]
         for call in calls:
@@ -252,9 +256,125 @@ class ConditionalContract(StoreContract):
         assert caught.value.key == "key"
         assert store.get("key", max_bytes=100) == b"first"
 
+    def test_a_version_holds_what_get_gives(self, store: Store) -> None:
+        store.put("key", [b"first"])
+        assert store.get_version("key", max_bytes=5).data == b"first"
+        with pytest.raises(ResourceLimitError):
+            store.get_version("key", max_bytes=4)
+        with pytest.raises(ObjectNotFoundError):
+            store.get_version("absent", max_bytes=4)
+
+    @pytest.mark.parametrize("size", [3, 6, 300_000])
+    def test_what_was_read_is_replaced(self, store: Store, size: int) -> None:
+        store.put("key", [b"first"])
+        store.replace("key", [b"x" * (size - 1), b"y"], store.get_version("key", max_bytes=100))
+        assert store.get("key", max_bytes=size) == b"x" * (size - 1) + b"y"
+
+    def test_an_object_that_came_meanwhile_is_not_replaced(self, store: Store) -> None:
+        store.put("key", [b"first"])
+        old = store.get_version("key", max_bytes=100)
+        for another in (b"other", b"longer than the first"):
+            store.put("key", [another])
+            with pytest.raises(ObjectChangedError) as caught:
+                store.replace("key", [b"mine"], old)
+            assert caught.value.key == "key"
+            assert not caught.value.unanswered
+            assert store.get("key", max_bytes=100) == another
+
+    def test_an_object_that_went_meanwhile_is_not_replaced(self, store: Store) -> None:
+        store.put("folder/key", [b"first"])
+        old = store.get_version("folder/key", max_bytes=100)
+        store.delete(["folder/key"])
+        with pytest.raises(ObjectNotFoundError) as caught:
+            store.replace("folder/key", [b"mine"], old)
+        assert not caught.value.unanswered
+        assert self.keys(store) == []
+
+    def test_what_was_read_is_removed(self, store: Store) -> None:
+        store.put("a/key", [b"first"])
+        store.put("b", [b"x"])
+        old = store.get_version("a/key", max_bytes=100)
+        store.remove("a/key", old)
+        store.remove("a/key", old)
+        assert self.keys(store) == ["b"]
+
+    def test_what_was_removed_and_made_again_is_not_removed_by_the_old_version(self, store: Store) -> None:
+        store.put("key", [b"first"])
+        old = store.get_version("key", max_bytes=100)
+        store.remove("key", old)
+        store.put("key", [b"again"], if_absent=True)
+        with pytest.raises(ObjectChangedError) as caught:
+            store.remove("key", old)
+        assert not caught.value.unanswered
+        assert store.get("key", max_bytes=100) == b"again"
+
+    def test_replacing_and_removing_leave_nothing_else_behind(self, store: Store) -> None:
+        store.put("folder/key", [b"first"])
+        store.replace("folder/key", [b"second"], store.get_version("folder/key", max_bytes=100))
+        assert self.keys(store) == ["folder/key"]
+
 
 class AtomicContract(ConditionalContract):
-    """A store whose `put(if_absent=True)` also decides a race."""
+    """A store that also decides races: of writers with `if_absent`, and of those who read the same object."""
+
+    def test_of_many_who_replace_what_they_read_one_wins(self, store: Store) -> None:
+        store.put("raced", [b"base"])
+        old = store.get_version("raced", max_bytes=100)
+        barrier = threading.Barrier(8)
+
+        def replace(number: int) -> bool:
+            barrier.wait()
+            try:
+                store.replace("raced", [f"writer {number}".encode()], old)
+            except ObjectChangedError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(replace, range(8)))
+        assert won.count(True) == 1
+        assert store.get("raced", max_bytes=100) == f"writer {won.index(True)}".encode()
+
+    def test_each_object_ends_once_whoever_replaces_and_removes(self, store: Store) -> None:
+        """Every move is noted by its doer: no object is replaced twice, and none goes that nobody replaced or removed."""
+        barrier = threading.Barrier(6)
+
+        def act(number: int) -> list[tuple[bytes | None, bytes | None]]:
+            moves: list[tuple[bytes | None, bytes | None]] = []
+            barrier.wait()
+            for turn in range(25):
+                mine = f"{number}-{turn}".encode()
+                try:
+                    old = store.get_version("raced", max_bytes=100)
+                except ObjectNotFoundError:
+                    try:
+                        store.put("raced", [mine], if_absent=True)
+                        moves.append((None, mine))
+                    except ObjectExistsError:
+                        pass
+                    continue
+                try:
+                    if (number + turn) % 3:
+                        store.replace("raced", [mine], old)
+                        moves.append((old.data, mine))
+                    else:
+                        store.remove("raced", old)
+                        moves.append((old.data, None))
+                except (ObjectChangedError, ObjectNotFoundError):
+                    pass
+            return moves
+
+        with ThreadPoolExecutor(6) as pool:
+            moves = [move for found in pool.map(act, range(6)) for move in found]
+        begun = {new for _, new in moves if new is not None}
+        replaced = [old for old, new in moves if old is not None and new is not None]
+        removed = {old for old, new in moves if new is None}
+        assert len(replaced) == len(set(replaced))
+        left = begun - set(replaced) - removed
+        try:
+            assert left == {store.get("raced", max_bytes=100)}
+        except ObjectNotFoundError:
+            assert not left
 
     def test_of_many_writers_with_if_absent_one_wins(self, store: Store) -> None:
         barrier = threading.Barrier(8)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncckpt.errors import TransientStoreError
 from asyncckpt.options import RetryPolicy, S3Options
 from asyncckpt.store.base import Store
 from asyncckpt.store.local import LocalStore
@@ -30,9 +31,14 @@ class TestLocalStore(AtomicContract):
 class TestRetryingStore(AtomicContract):
     @pytest.fixture
     def store(self) -> Store:
+        def refusal() -> TransientStoreError:
+            error = TransientStoreError("injected")
+            error.unanswered = False
+            return error
+
         every_second_call = range(1, 1_000_000, 2)
         policy = RetryPolicy(first_wait_s=1e-6, max_wait_s=1e-6)
-        return RetryingStore(FaultyStore(MemoryStore(), every_second_call), policy)
+        return RetryingStore(FaultyStore(MemoryStore(), every_second_call, error=refusal), policy)
 
 
 class TestS3StoreOnMoto(AtomicContract):

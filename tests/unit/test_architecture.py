@@ -43,6 +43,7 @@ WITHOUT_TORCH = ("format", "store", "checkpoints", "engine")
 HOMES = {  # library -> the only files that may import it
     "blake3": {"format/digest.py"},
     "zstandard": {"format/frames.py"},
+    "google_crc32c": {"store/checksum.py"},
     "tenacity": {"store/retry.py"},
     "threadpoolctl": {"state/threads.py"},
     "boto3": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},

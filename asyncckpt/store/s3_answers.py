@@ -1,0 +1,91 @@
+"""Whether an answer is S3's. A login page, a proxy or a wrong address may say "200 OK" or "404" to anything.
+
+Each operation has something that only a store can answer: an ETag, an upload's id, the root of its XML, a 204. An answer without
+it says nothing about what was asked, so it is worth another try, and at the deadline the message says who answered instead.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from asyncckpt.errors import TransientStoreError
+from asyncckpt.store.s3_errors import redact
+
+_TOLD_CHARACTERS = 80
+_HEADERS = {
+    "PutObject": ("etag",),
+    "UploadPart": ("etag",),
+    "GetObject": ("etag", "content-length"),
+    "HeadObject": ("etag", "content-length", "last-modified"),
+}
+_ROOTS = {
+    "ListObjectsV2": "ListBucketResult",
+    "ListMultipartUploads": "ListMultipartUploadsResult",
+    "DeleteObjects": "DeleteResult",
+    "CompleteMultipartUpload": "CompleteMultipartUploadResult",
+    "CreateMultipartUpload": r"InitiateMultipartUpload\w*",  # rclone leaves the end of the word out
+}
+_ELEMENTS = {"CompleteMultipartUpload": "ETag", "CreateMultipartUpload": "UploadId"}
+_DELETIONS = {"DeleteObject", "AbortMultipartUpload"}
+_BEFORE_ROOT = rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>)?\s*<(?:\w+:)?"
+_CODE = re.compile(rb"<(?:\w+:)?Code>")
+
+
+def judging(endpoint_url: str) -> Callable[..., None]:
+    """Handler of botocore's `before-parse`: raises `TransientStoreError` for an answer that is not S3's."""
+
+    def judge(operation_model: Any, response_dict: dict[str, Any], **_: object) -> None:
+        operation = operation_model.name
+        headers = {name.lower(): value for name, value in response_dict["headers"].items()}
+        status = response_dict["status_code"]
+        body = response_dict["body"]
+        wanted = _unlike_s3(operation, status, headers, body if isinstance(body, bytes) else b"")
+        if wanted:
+            kind = headers.get("content-type", "no content type")
+            text = redact(repr(_beginning(body)))
+            raise TransientStoreError(
+                f"{operation}: this answer is not S3's ({wanted}): status {status}, {kind}, {text}; is"
+                f" {redact(endpoint_url)} an S3 endpoint, or did a proxy or a login page answer in its place?"
+            )
+
+    return judge
+
+
+def _unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:
+    """What is missing for an answer of S3; empty if nothing is."""
+    if status >= 300:
+        return _error_unlike_s3(operation, status, headers, body)
+    missing = next((name for name in _HEADERS.get(operation, ()) if not headers.get(name)), None)
+    root, element = _ROOTS.get(operation), _ELEMENTS.get(operation)
+    if missing:
+        return f"it has no {missing} header"
+    if operation in ("GetObject", "HeadObject") and headers.get("content-type", "").startswith("text/html"):
+        return "no object of ours is a page"
+    if operation in _DELETIONS and status != 204 and "x-amz-request-id" not in headers:
+        return "a deletion is answered by 204"
+    if root and not re.match(_BEFORE_ROOT + root.encode() + rb"[\s/>]", body):
+        return "it is no " + root.removesuffix(r"\w*")
+    return f"it has no {element}" if element and not re.search(rf"<(?:\w+:)?{element}>\s*[^<\s]".encode(), body) else ""
+
+
+def _error_unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:
+    """The same for an error. S3 says a code in XML wherever a body may be; 404 and 416 without one would be taken for loss."""
+    if status < 400 and "x-amz-bucket-region" not in headers and not _CODE.search(body):
+        return "S3 redirects to a region, and says which"
+    if operation == "HeadObject" or _CODE.search(body):
+        return ""
+    if body.strip() or (status in (404, 416) and operation not in _DELETIONS):
+        return "an error of S3 has a code"
+    return ""
+
+
+def _beginning(body: Any) -> str:
+    """The first characters; an answer that streams is closed."""
+    if not isinstance(body, bytes):
+        stream, body = body, b""
+        with suppress(Exception):  # whatever the wire does now, the answer is refused
+            body = stream.read(_TOLD_CHARACTERS * 4)
+        with suppress(Exception):
+            stream.close()
+    return str(body[: _TOLD_CHARACTERS * 4].decode("utf-8", "replace"))[:_TOLD_CHARACTERS]
