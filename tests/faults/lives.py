@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from asyncckpt import Run, S3Options, Saver
+from asyncckpt.checkpoints import standing
 from asyncckpt.engine import pipeline
 from asyncckpt.errors import CheckpointConflictError, CheckpointError
 from asyncckpt.options import KeepRule
@@ -24,8 +25,9 @@ Tell = Callable[..., None]
 
 
 def scale_limits() -> None:
-    """Small shards go up in parts as large ones do, and one request at a time, so that a run can be repeated."""
+    """Small shards go up in parts as large ones do, one request at a time, and nobody looks twice at a record after whole seconds."""
     pipeline.PART_BYTES = _PART_BYTES
+    standing.STUMP_S = 0.01
     pipeline.LOCAL_UPLOADS = pipeline.REMOTE_UPLOADS = 1
     torch.set_num_threads(1)
 
@@ -61,8 +63,7 @@ class Life:
         self._engine = engine
 
     def saver(self, keep: tuple[KeepRule, ...] = ()) -> Saver:
-        saver = Saver(self.url, keep=keep, store=self._store, engine=self._engine, workers=1, codec="none")
-        return saver
+        return Saver(self.url, keep=keep, store=self._store, engine=self._engine, workers=1, codec="none")
 
     def save(self, saver: Saver, step: int, *, writer: int = 0) -> None:
         """Save the step and tell how it went. `writer`: one of several in this life."""

@@ -1,0 +1,100 @@
+"""The part of the campaign that every change must pass, and the proof that it can fail."""
+
+import functools
+import random
+
+import pytest
+
+from tests.faults.campaign import VICTIMS, Verdict, drawn, in_parallel, rehearsed, run, systematic
+from tests.faults.fates import KILLS, Case
+from tests.faults.places import MemoryPlace
+from tests.faults.requests import ForgetfulStore, HidingStore, OverwritingStore, UnconditionalStore
+from tests.faults.scenarios import SCENARIOS
+
+pytestmark = pytest.mark.slow
+JOBS = 2
+SEEDS = range(1000, 1240)
+
+
+def assert_sound(cases):
+    verdicts = list(in_parallel(cases, JOBS))
+    assert len(verdicts) == len(cases)
+    told = "\n".join(verdict.told() for verdict in verdicts if verdict.violations)
+    assert not told, told
+    return verdicts
+
+
+def test_every_fault_at_every_request_of_a_save_and_its_retention_loses_nothing():
+    cases = systematic("retention", "memory")
+    verdicts = assert_sound(cases)
+    assert all(verdict.fired for verdict in verdicts)
+    assert len(cases) > 200
+
+
+@pytest.mark.parametrize("scenario", ["rewind", "replace", "replace-record", "replace-stump", "race"])
+def test_every_kill_at_every_request_loses_nothing(scenario):
+    assert_sound(systematic(scenario, "memory", KILLS))
+
+
+def test_dice_for_every_scenario_lose_nothing():
+    assert_sound(
+        [Case(scenario, "memory", seed=seed) for seed, scenario in zip(SEEDS, list(SCENARIOS) * 99, strict=False)]
+    )
+
+
+def test_every_kill_at_every_file_operation_of_a_save_loses_nothing():
+    cases = systematic("save", "local", KILLS)
+    assert {case.at.split(":")[1] for case in cases} >= {"link", "fsync", "pwritev", "unlink", "mkdir"}
+    assert all(verdict.fired for verdict in assert_sound(cases))
+
+
+@pytest.mark.parametrize("scenario", ["retention", "rewind", "replace"])
+def test_kills_at_some_file_operations_lose_nothing(scenario):
+    cases = systematic(scenario, "local", KILLS)
+    assert_sound(random.Random(scenario).sample(cases, 40))
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_whoever_is_killed_at_a_workers_file_operation_nothing_is_lost(victim):
+    cases = [case for case in systematic("save", "service") if case.victim == victim]
+    assert_sound(random.Random(victim).sample(cases, 4))
+
+
+def verdicts_of(make, scenario, seeds=range(60)) -> list[Verdict]:
+    place = functools.partial(lambda case: MemoryPlace(case, make()))
+    return [run(Case(scenario, "memory", seed=seed), place) for seed in seeds]
+
+
+def kinds(verdicts):
+    return {kind for verdict in verdicts for kind, _ in verdict.violations}
+
+
+@pytest.mark.parametrize(
+    ("make", "scenario"),
+    [
+        pytest.param(lambda: ForgetfulStore(2), "save", id="a store that loses an object it acknowledged"),
+        pytest.param(OverwritingStore, "race", id="a record that is put over another writer's"),
+        pytest.param(UnconditionalStore, "rewind", id="a record that is removed without a condition"),
+        pytest.param(HidingStore, "retention", id="a retention that removes the newest"),
+    ],
+)
+def test_the_campaign_sees(make, scenario):
+    assert "lost" in kinds(verdicts_of(make, scenario))
+
+
+def test_a_case_runs_again_as_it_ran():
+    case = Case("replace", "memory", seed=7)
+    assert run(case).fired == run(case).fired
+    assert run(case).fired
+
+
+def test_the_campaign_kills_in_every_scenario_at_every_store():
+    cases = list(drawn(2000, seed=1))
+    killed = {(case.scenario, case.store) for case in cases if case.fault in KILLS}
+    assert killed >= {(scenario, store) for scenario in SCENARIOS for store in ("memory", "local")}
+    assert {case.victim for case in cases if case.store == "service"} == set(VICTIMS)
+    assert len({case.seed for case in cases if case.seed is not None}) > 300
+
+
+def test_points_have_the_same_names_in_every_run():
+    assert rehearsed("resume", "local") == rehearsed("resume", "local")
