@@ -45,10 +45,9 @@ def one(case: Case) -> int:
 def many(runs: int, jobs: int, seed: int) -> int:
     started_s = time.monotonic()
     cases = list(drawn(runs, seed))
-    table, violated, done = Table(), 0, 0
-    for verdict in in_parallel(cases, jobs):
+    table, violated = Table(), 0
+    for done, verdict in enumerate(in_parallel(cases, jobs), 1):
         table.add(verdict)
-        done += 1
         if verdict.violations:
             violated += 1
             print(verdict.told(), flush=True)

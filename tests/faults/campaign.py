@@ -60,11 +60,13 @@ def run(case: Case, make: Callable[[Case], Place] | None = None) -> Verdict:
             place.ledger.violated("left", f"temporary files {left}")
         failures = tuple(place.ledger.failures)
         place.deliver()
+        place.ledger.judge(scenario.keep_last)
+        stumps = place.ledger.stumps
         place.ledger.clean = True
-        place.undisturbed(len(scenario.acts) + 2, clean(scenario, rewind_to=place.ledger.rewinding))
+        place.undisturbed(len(scenario.acts) + 2, clean(scenario, stumps, rewind_to=place.ledger.rewinding))
         place.ledger.judge(scenario.keep_last)
         found = tuple(dict.fromkeys(place.ledger.violations))
-        return Verdict(case, found, tuple(place.fired), tuple(place.points), failures, len(place.ledger.stumps))
+        return Verdict(case, found, tuple(place.fired), tuple(place.points), failures, len(stumps))
     finally:
         place.close()
 

@@ -85,15 +85,15 @@ def racing(step: int) -> Act:
     return act
 
 
-def clean(scenario: Scenario, *, rewind_to: int | None) -> Act:
-    """The life behind all faults: it finishes a rewind, saves every contested step, and two new ones."""
+def clean(scenario: Scenario, stumps: set[int], *, rewind_to: int | None) -> Act:
+    """The life behind all faults: it finishes a rewind, saves every contested step and every record without objects, and two new steps."""
 
     def act(life: Life) -> None:
         if rewind_to is not None:
             life.rewind(rewind_to)
         with life.saver(scenario.keep) as saver:
             restored = life.restore(saver)
-            for step in scenario.contested:
+            for step in sorted({*scenario.contested, *stumps}):
                 life.save(saver, step)
             top = max(restored, *scenario.contested, 0)
             life.save(saver, top + 1)

@@ -1,6 +1,5 @@
 """The part of the campaign that every change must pass, and the proof that it can fail."""
 
-import functools
 import random
 
 import pytest
@@ -57,29 +56,28 @@ def test_kills_at_some_file_operations_lose_nothing(scenario):
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_whoever_is_killed_at_a_workers_file_operation_nothing_is_lost(victim):
     cases = [case for case in systematic("save", "service") if case.victim == victim]
-    assert_sound(random.Random(victim).sample(cases, 4))
+    assert_sound(random.Random(victim).sample(cases, 3))
 
 
-def verdicts_of(make, scenario, seeds=range(60)) -> list[Verdict]:
-    place = functools.partial(lambda case: MemoryPlace(case, make()))
-    return [run(Case(scenario, "memory", seed=seed), place) for seed in seeds]
-
-
-def kinds(verdicts):
-    return {kind for verdict in verdicts for kind, _ in verdict.violations}
+def lost_with(make, scenario, faults) -> list[Verdict]:
+    """The runs in which something is lost before a store that `make` makes."""
+    cases = [Case(scenario, "memory"), *systematic(scenario, "memory", faults)]
+    verdicts = [run(case, lambda case: MemoryPlace(case, make())) for case in cases]
+    return [verdict for verdict in verdicts if "lost" in {kind for kind, _ in verdict.violations}]
 
 
 @pytest.mark.parametrize(
-    ("make", "scenario"),
+    ("make", "scenario", "faults"),
     [
-        pytest.param(lambda: ForgetfulStore(2), "save", id="a store that loses an object it acknowledged"),
-        pytest.param(OverwritingStore, "race", id="a record that is put over another writer's"),
-        pytest.param(UnconditionalStore, "rewind", id="a record that is removed without a condition"),
-        pytest.param(HidingStore, "retention", id="a retention that removes the newest"),
+        pytest.param(lambda: ForgetfulStore(2), "save", [], id="a store that loses an object it acknowledged"),
+        pytest.param(OverwritingStore, "race", [], id="a record that is put over another writer's"),
+        pytest.param(UnconditionalStore, "rewind", ["late", "doubled"], id="a record that is removed whoever wrote it"),
+        pytest.param(UnconditionalStore, "replace", ["doubled"], id="a record that is replaced whoever wrote it"),
+        pytest.param(HidingStore, "retention", [], id="a retention that removes the newest"),
     ],
 )
-def test_the_campaign_sees(make, scenario):
-    assert "lost" in kinds(verdicts_of(make, scenario))
+def test_the_campaign_sees(make, scenario, faults):
+    assert lost_with(make, scenario, faults)
 
 
 def test_a_case_runs_again_as_it_ran():
@@ -97,4 +95,4 @@ def test_the_campaign_kills_in_every_scenario_at_every_store():
 
 
 def test_points_have_the_same_names_in_every_run():
-    assert rehearsed("resume", "local") == rehearsed("resume", "local")
+    assert set(rehearsed("resume", "local")) == set(rehearsed("resume", "local"))
