@@ -1,6 +1,6 @@
 """What must hold after every run, by what the lives told and what the store holds.
 
-`lost`: a step that was acknowledged does not restore, or `latest` went back. `wrong`: something restores that nobody saved,
+`lost`: a step that was acknowledged does not restore as it was, or `latest` went back. `wrong`: something restores that nobody saved,
 a committed record changed, or a sound checkpoint was set aside. `blocked`: a clean life cannot save a step, nor find it
 sound; or something hangs. `left`: behind a fault that retries must hide, something was left behind. `untyped`: a failure
 reached the caller as an error that is none of ours.
@@ -116,13 +116,16 @@ class Ledger:
             self._load(step, sound)
         newer = 0
         for step in sorted(set(self._attempted) | set(sound), reverse=True):
-            if step in sound or (step in self._acknowledged and keep_last and newer >= keep_last):
+            if step in sound:
+                newer += 1
+            elif step in self._acknowledged and keep_last and newer >= keep_last:
+                del self._acknowledged[step]  # retention took it; whoever saves it again is the first
                 newer += 1
             elif step in self._acknowledged:
                 self.violated("lost", f"step {step} was acknowledged and is not there, or does not load")
             expected = self._acknowledged.get(step)
             if expected is not None and step in sound and sound[step] != expected:
-                self.violated("wrong", f"step {step} was acknowledged as {expected} and is {sound[step]}")
+                self.violated("lost", f"step {step} was acknowledged as {expected} and is {sound[step]}")
         if self.clean and keep_last and len(sound) > keep_last:
             self.violated("blocked", f"retention leaves steps {sorted(sound)} where {keep_last} are to be kept")
 

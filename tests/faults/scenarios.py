@@ -133,10 +133,11 @@ SCENARIOS = {
         Scenario("retention", saving(1, 2, keep_last=2), (saving(3, 4, keep_last=2),), (3, 4), keep_last=2),
         Scenario("rewind", saving(1, 2, 3), (rewinding(1, 2, 3),), (2, 3)),
         Scenario("replace", saving(1, 2), (saving(2, 3),), (2, 3), ruin=ruined_shard),
-        Scenario("replace-record", saving(1, 2), (saving(2, 3),), (2, 3), ruin=ruined_record),
+        Scenario("replace-record", saving(1, 2), (saving(2), saving(2, 3)), (2, 3), ruin=ruined_record),
         Scenario("replace-stump", saving(1, 2), (saving(2, 3),), (2, 3), ruin=emptied_folder),
         Scenario("resume", saving(1), (resuming(2), resuming(2)), (2, 3, 4, 5)),
         Scenario("resume-retention", saving(1), (resuming(3, 2), resuming(2, 2)), (), keep_last=2),
         Scenario("race", saving(1), (racing(2),), (2,)),
+        Scenario("race-replace", saving(1, 2), (racing(2),), (2,), ruin=ruined_record),
     )
 }
