@@ -72,7 +72,9 @@ def lost_with(make, scenario, faults) -> list[Verdict]:
         pytest.param(lambda: ForgetfulStore(2), "save", [], id="a store that loses an object it acknowledged"),
         pytest.param(OverwritingStore, "race", ["lost-request"], id="a record that is put over another writer's"),
         pytest.param(UnconditionalStore, "rewind", ["late", "doubled"], id="a record that is removed whoever wrote it"),
-        pytest.param(UnconditionalStore, "replace-record", ["late-always"], id="a record that is replaced whoever wrote it"),
+        pytest.param(
+            UnconditionalStore, "replace-record", ["late-always"], id="a record that is replaced whoever wrote it"
+        ),
         pytest.param(HidingStore, "retention", [], id="a retention that removes the newest"),
     ],
 )
