@@ -84,7 +84,7 @@ def systematic(scenario: str, store: str, faults: Sequence[str] | None = None) -
     if store == "service":
         kills = itertools.product(VICTIMS, KILLS, points)
         return [Case(scenario, store, fault, str(point), victim=victim) for victim, fault, point in kills]
-    chosen = faults or (REQUEST_FAULTS if store == "memory" else FILE_FAULTS)
+    chosen = faults or (REQUEST_FAULTS if store in ("memory", "s3") else FILE_FAULTS)
     return [
         Case(scenario, store, fault, str(point))
         for fault in chosen
@@ -94,20 +94,22 @@ def systematic(scenario: str, store: str, faults: Sequence[str] | None = None) -
 
 
 def drawn(runs: int, seed: int) -> Iterator[Case]:
-    """So many cases: all kills in memory and in a folder, a share through a service, then other faults and dice in turn."""
+    """So many cases: half of them kills in memory and in a folder, some through a service and before S3, then other faults, then dice."""
     dice = random.Random(seed)
     kills: list[Case] = []
     others: list[Case] = []
     served: list[Case] = []
+    sent: list[Case] = []
     for scenario in SCENARIOS:
         for store in ("memory", "local"):
             for case in systematic(scenario, store):
                 (kills if case.fault in KILLS else others).append(case)
     for scenario in ("save", "retention", "replace"):
         served += systematic(scenario, "service")
-    for cases in (kills, others, served):
+        sent += systematic(scenario, "s3", (*KILLS, "lost-answer", "late-always"))
+    for cases in (kills, others, served, sent):
         dice.shuffle(cases)
-    taken = [*served[: runs // 20], *kills[: runs // 2]]
+    taken = [*served[: runs // 25], *sent[: runs // 50], *kills[: runs // 2]]
     rest = runs - len(taken)
     taken += others[: rest // 2]
     seeds = itertools.count(seed)

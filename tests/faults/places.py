@@ -1,8 +1,12 @@
 """Where the lives of a run take place: in this process before a store in memory, or in forked processes."""
 
+import atexit
+import contextlib
+import functools
 import json
 import os
 import random
+import secrets
 import select
 import shutil
 import signal
@@ -12,18 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncckpt.options import RetryPolicy
+from asyncckpt.options import RetryPolicy, S3Options
 from asyncckpt.store.base import Store
 from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
+from asyncckpt.store.opening import open_store
 from asyncckpt.store.retry import RetryingStore
 from tests.faults.fates import Case, Dice, Point
 from tests.faults.files import Files, environment, points_in
+from tests.faults.http import Proxy
 from tests.faults.lives import Life, live
 from tests.faults.oracle import Ledger
 from tests.faults.requests import LifeStore, Network
 from tests.faults.scenarios import Act
 from tests.processes import alive, kill
+from tests.servers import ACCESS_KEY, SECRET_KEY, moto_server
 
 LIFE_S = 60.0
 """A forked life that takes longer hangs."""
@@ -224,9 +231,63 @@ class ServiceLife(Life):
         Life(self.number, tell, url=self.url, store=None).save(saver, step, writer=writer)
 
 
+class S3Place(ForkedPlace):
+    """A real S3 server behind a proxy that has the faults; the engine in the trainer."""
+
+    def __init__(self, case: Case) -> None:
+        endpoint, bucket = _s3_server()
+        prefix = f"run-{secrets.token_hex(6)}"
+        self.url = f"s3://{bucket}/{prefix}"
+        super().__init__(open_store(self.url, S3Options(endpoint_url=endpoint)))
+        self._proxy = Proxy(endpoint, f"{bucket}/{prefix}", case)
+
+    def disturbed(self, number: int, act: Act) -> None:
+        super().disturbed(number, act)
+        facts = self._proxy.ask("facts")
+        self.points = points_in([{"point": point} for point in facts["points"]])
+        self.fired = facts["fired"]
+
+    def in_child(self, number: int, tell: Callable[..., None]) -> Life:
+        self._proxy.ask("begin", number, os.getpid())
+        retry = RetryPolicy(deadline_s=1.5, first_wait_s=0.01, max_wait_s=0.1)
+        store = S3Options(endpoint_url=self._proxy.url, retry=retry)
+        return Life(number, tell, url=self.url, store=store, engine="inline")
+
+    def deliver(self) -> None:
+        self._proxy.ask("deliver")
+
+    def close(self) -> None:
+        self._proxy.close()
+        self.store.close()
+
+
+@functools.cache
+def _s3_server() -> tuple[str, str]:
+    """One server for this process and those that it forks: its address, and a bucket."""
+    import boto3
+
+    os.environ.update(
+        AWS_ACCESS_KEY_ID=ACCESS_KEY,
+        AWS_SECRET_ACCESS_KEY=SECRET_KEY,
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_EC2_METADATA_DISABLED="true",
+    )
+    stack = contextlib.ExitStack()
+    endpoint = stack.enter_context(moto_server())
+    atexit.register(stack.close)
+    with contextlib.closing(boto3.client("s3", endpoint_url=endpoint)) as client:
+        client.create_bucket(Bucket="faults")
+    return endpoint, "faults"
+
+
 def _memory_folder() -> str | None:
     """A filesystem in memory where there is one: what a kill leaves is the same, and the disk's other users wait for nothing."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-PLACES: dict[str, Callable[[Case], Place]] = {"memory": MemoryPlace, "local": LocalPlace, "service": ServicePlace}
+PLACES: dict[str, Callable[[Case], Place]] = {
+    "memory": MemoryPlace,
+    "local": LocalPlace,
+    "service": ServicePlace,
+    "s3": S3Place,
+}
