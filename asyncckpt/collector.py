@@ -9,17 +9,17 @@ _YOUNG_OBJECTS = 200_000
 
 
 @contextmanager
-def seldom() -> Iterator[None]:
+def seldom(young_objects: int = _YOUNG_OBJECTS) -> Iterator[None]:
     """Collections are rare meanwhile, in the whole process: a restore of 133,000 tensors takes 6 s instead of 9.
 
-    Its objects are no garbage, but their number makes the collector look through all of them again and again. Not held off
+    `young_objects`: how many more containers are made before the next collection begins. Its objects are no garbage, but their number makes the collector look through all of them again and again. Not held off
     altogether, since a download may take minutes and what other threads drop must be freed.
     """
     usual = gc.get_threshold()
-    if not 0 < usual[0] < _YOUNG_OBJECTS:  # off, or rarer already: a restore on another thread
+    if not 0 < usual[0] < young_objects:  # off, or rarer already: a restore on another thread
         yield
         return
-    gc.set_threshold(_YOUNG_OBJECTS, *usual[1:])
+    gc.set_threshold(young_objects, *usual[1:])
     try:
         yield
     finally:

@@ -8,15 +8,15 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from asyncckpt import errors, events
+from asyncckpt.checkpoints.marks import mark_damaged, unmark
 from asyncckpt.collector import seldom
-from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record, read_values
-from asyncckpt.engine.commit import mark_damaged
+from asyncckpt.engine.catalog import find_checkpoints, read_index, read_values
 from asyncckpt.engine.resolve import first_good
 from asyncckpt.format import keys
 from asyncckpt.format.index import Index
@@ -48,10 +48,14 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`restored`: None if there was nothing to choose from. `damaged`: steps that did not verify and were passed over."""
+    """`restored`: None if there was nothing to choose from. `damaged`: steps that did not verify and were passed over, and why.
+
+    `whole`: every tensor that the checkpoint holds was read, and not only the groups that the state names.
+    """
 
     restored: Restored | None
-    damaged: tuple[int, ...] = ()
+    damaged: Mapping[int, errors.CheckpointError] = field(default_factory=dict)
+    whole: bool = False
 
 
 def restore(
@@ -66,7 +70,8 @@ def restore(
     """Bring `state` (as it was given to `Saver.save`) back, in place.
 
     `"latest"` and `Best` pass over a damaged checkpoint, with a warning that names what is wrong, to the next one; a step asked
-    for by number raises. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
+    for by number raises. Bytes that change from reading to reading are no damage, but a `StoreError`; a checkpoint of a newer asyncckpt is
+    none either, but a `FormatVersionError`, also as the latest. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
     and not downloaded. Raises `CheckpointNotFoundError`, `StateMismatchError` or a `CorruptCheckpointError`; the
     state is then as it was, unless the message says that an object changed between its two readings.
     """
@@ -97,8 +102,7 @@ def load(
     with opened(url, store, hooks) as place, seldom():
         hook = events.Hooks(tuple(hooks))
 
-        def read(number: int) -> Any:
-            record = read_record(place, number)
+        def read(record: Record) -> Any:
             index = read_index(place, record)
             loaded = load_from(place, record, index, prefix, map_location=map_location, hooks=hook)
             note(root_of(url, store), record.lineage, restored=True)
@@ -143,33 +147,34 @@ def restore_from(
             f'the state is a dict, as it was saved: {{"model": model}}, not a {type(state).__name__}'
         )
 
-    def read(number: int) -> Restored:
-        record = read_record(store, number)
+    def read(record: Record) -> Outcome:
         index = read_index(store, record)
         wanted = plan_restore(state, index.tree, _specs(index), read_values_of(store, record), strict=strict)
-        bring(store, index, wanted, step=number, strict=strict, hooks=hooks)
+        bring(store, index, wanted, step=record.step, strict=strict, hooks=hooks)
         if root is not None:
             note(root, record.lineage, restored=True)
-        return Restored(record.step, record.epoch, record.metrics, record.config)
+        whole = len({index.aliases.get(path, path) for path in wanted.paths}) == len(index.tensors)
+        return Outcome(Restored(record.step, record.epoch, record.metrics, record.config), whole=whole)
 
     with seldom():
         found = first_good(store, step, hooks, read)
     if found is not None:
-        return Outcome(*found)
+        outcome, damaged = found
+        return replace(outcome, damaged=damaged)
     if isinstance(step, Best) and find_checkpoints(store).good:  # a misspelt metric must not begin a run anew
         raise _nothing_to_choose(store, step, url)
     _LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
     return Outcome(None)
 
 
-def set_aside(store: Store, damaged: Sequence[int], *, restored: int) -> None:
+def set_aside(store: Store, damaged: Mapping[int, errors.CheckpointError], *, restored: int) -> None:
     """Mark the damaged checkpoints that were passed over, so that their steps can be saved again.
 
     The state is that of `restored` by now, so where nothing can be written that is a warning.
     """
-    for step in damaged:
+    for step, found in damaged.items():
         try:
-            mark_damaged(store, step)
+            mark_damaged(store, step, found)
         except errors.CheckpointError as error:
             warnings.warn(
                 f"checkpoint {step} is damaged and could not be set aside ({type(error).__name__}: {error.message}), so a save of step "
@@ -178,6 +183,18 @@ def set_aside(store: Store, damaged: Sequence[int], *, restored: int) -> None:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def take_back(store: Store, step: int) -> None:
+    """Remove the mark of a checkpoint that was just restored whole, whatever had been wrong with it before."""
+    try:
+        unmark(store, step)
+    except errors.CheckpointError as error:
+        warnings.warn(
+            f"checkpoint {step} is good, and its mark of damage could not be removed ({type(error).__name__}: {error.message})",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def load_from(

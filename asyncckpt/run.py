@@ -1,7 +1,9 @@
 """The front door to what exists: the checkpoints of a run, and one checkpoint."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -9,11 +11,13 @@ from typing import Any, Literal, Self
 import torch
 
 from asyncckpt import errors
+from asyncckpt.checkpoints import marks
 from asyncckpt.checkpoints.removal import rewind
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record
 from asyncckpt.engine.resolve import reading
 from asyncckpt.engine.verify import verify_objects
 from asyncckpt.export import Config, Names, export_huggingface, export_safetensors
+from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.lineage import Root, note, root_of
@@ -49,8 +53,11 @@ class Checkpoint:
     @cached_property
     def _index(self) -> Index:
         record = self.record
-        with reading(self._store, self.step):
+        with self._reading():
             return read_index(self._store, record)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return reading(self._store, self.step, self.record.attempt)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -90,18 +97,23 @@ class Checkpoint:
     def load(self, prefix: str | None = None, *, map_location: str | torch.device = "cpu") -> Any:
         """The state, or the part below `prefix`, as nested containers; see `asyncckpt.load`."""
         index = self._index
-        with reading(self._store, self.step):
+        with self._reading():
             loaded = load_from(self._store, self.record, index, prefix, map_location=map_location)
         if self._root is not None:
             note(self._root, self.record.lineage, restored=True)
         return loaded
 
-    def verify(self) -> None:
-        """Read every byte that is stored, and check it; returns if all is well. Memory is bounded, not the state's size."""
+    def verify(self, *, unmark: bool = False) -> None:
+        """Read every byte that is stored, and check it; returns if all is well. Memory is bounded, not the state's size.
+
+        `unmark`: if all is well, also remove the mark that set the checkpoint aside as damaged, so that it is `latest` and `best` again.
+        """
         index = self._index
-        with reading(self._store, self.step):
+        with self._reading():
             read_values_of(self._store, self.record)
-            verify_objects(self._store, index)
+            verify_objects(self._store, index, keys.folder(self.step, self.record.attempt))
+        if unmark:
+            marks.unmark(self._store, self.step)
 
     def export(
         self,
@@ -127,7 +139,7 @@ class Checkpoint:
         Tied tensors are written once. Nothing is left at `path` if it fails.
         """
         names = Names.of(self._index, prefix=prefix, strip=strip, step=self.step)
-        with reading(self._store, self.step):
+        with self._reading():
             if format == "safetensors":
                 export_safetensors(self._tensors, names, path, dtype=dtype)
             elif format == "huggingface":
@@ -137,7 +149,7 @@ class Checkpoint:
 
     def _tensors(self, paths: Sequence[str]) -> dict[str, torch.Tensor]:
         index = self._index
-        with reading(self._store, self.step):
+        with self._reading():
             return fetch_tensors(self._store, index, paths)
 
 
@@ -175,7 +187,10 @@ class Run:
         return next(reversed(self.checkpoints()), None)
 
     def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
-        """The one with the best metric; without it or with NaN a checkpoint does not compete, ties go to the newest."""
+        """The one with the best metric; without it or with NaN a checkpoint does not compete, ties go to the newest.
+
+        A damaged record is passed over with a warning. One of a newer asyncckpt raises `FormatVersionError`: nobody knows its metrics here.
+        """
         choice = Best(metric, mode)
         ranked = [checkpoint for checkpoint in self._readable() if choice.rank(checkpoint.metrics) is not None]
         return min(ranked, key=lambda one: (choice.rank(one.metrics), -one.step), default=None)
@@ -201,6 +216,12 @@ class Run:
         for checkpoint in self.checkpoints():
             try:
                 _ = checkpoint.record
-            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError, errors.CheckpointNotFoundError):
+            except errors.CheckpointNotFoundError:
+                continue
+            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+                warnings.warn(
+                    f"checkpoint {checkpoint.step} cannot be read and was passed over: {type(error).__name__}: {error}",
+                    stacklevel=4,
+                )
                 continue
             yield checkpoint

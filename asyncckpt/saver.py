@@ -37,7 +37,7 @@ from asyncckpt.options import (
     check_rules,
 )
 from asyncckpt.request import SaveRequest
-from asyncckpt.restore import Restored, restore_from, set_aside
+from asyncckpt.restore import Restored, restore_from, set_aside, take_back
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state.ranks import rank
 from asyncckpt.store.base import Store
@@ -211,7 +211,10 @@ class Saver:
         self._launcher.arrival.resume()
         if rank() == 0:
             set_aside(self._store, found.damaged, restored=restored.step)
-        if max(set(find_checkpoints(self._store).good).difference(found.damaged), default=-1) > restored.step:
+        there = find_checkpoints(self._store)
+        if rank() == 0 and found.whole and restored.step in there.marked:
+            take_back(self._store, restored.step)
+        if max(set(there.good).difference(found.damaged), default=-1) > restored.step:
             self._on_exists = "raise"
         return restored
 

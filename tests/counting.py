@@ -11,6 +11,7 @@ class CountingStore(Store):
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
+        self.patience = inner.patience
         self.gets: Counter[str] = Counter()
         self.read_bytes = 0
         self.keys: list[str] = []

@@ -32,6 +32,7 @@ class FaultyStore(Store):
         self._lock = threading.Lock()
         self.conditional_puts = inner.conditional_puts
         self.rereads = inner.rereads
+        self.patience = inner.patience
         self.min_part_bytes = inner.min_part_bytes
         self.max_put_bytes = inner.max_put_bytes
         self.max_parts = inner.max_parts

@@ -5,10 +5,13 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+_NOT_FOUND = b"<Error><Code>NoSuchKey</Code><Message>The specified key does not exist.</Message></Error>"
+_HEAD_BYTES = 4096  # of an answer, at most
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
 
 
@@ -18,7 +21,9 @@ class Proxy:
     `down`: connections, new and open, are reset. `delay_s`: waited before each piece is forwarded. `bytes_per_s`: of
     each direction of each connection. `truncate_response_bytes`: an answer is cut behind so many bytes.
     `drop_responses`: so many answers are lost: the request was forwarded, the connection is reset instead of its answer.
-    `connections`: how many were accepted.
+    `hide`: GETs whose request line it accepts are answered with S3's 404 and not forwarded. `flips`: asked for every piece of an answer
+    that is certainly body (4 KiB behind its beginning); a bit is flipped in the middle of it.
+    `flip_requests`: in so many bodies one bit changes on its way to the server. `connections`: how many were accepted.
     """
 
     def __init__(self, url: str) -> None:
@@ -32,6 +37,9 @@ class Proxy:
         self.bytes_per_s: float | None = None
         self.truncate_response_bytes: int | None = None
         self.drop_responses = 0
+        self.hide: Callable[[str], bool] = lambda _: False
+        self.flips: Callable[[], bool] = lambda: False
+        self.flip_requests = 0
         self.connections = 0
         self._down = False
         self._lock = threading.Lock()
@@ -85,7 +93,7 @@ class Proxy:
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open |= {client, server}
-            state = {"answered_bytes": 0}
+            state = {"answered_bytes": 0, "flipped": 0}
             for source, target, is_answer in ((client, server, False), (server, client, True)):
                 arguments = (source, target, is_answer, state)
                 thread = threading.Thread(target=self._pump, args=arguments, daemon=True)
@@ -99,8 +107,15 @@ class Proxy:
                     time.sleep(self.delay_s)
                 if self.bytes_per_s:
                     time.sleep(len(piece) / self.bytes_per_s)
+                if is_answer:
+                    piece = self._spoilt(piece, state)
                 if not is_answer:
                     state["answered_bytes"] = 0
+                    if piece.startswith(b"GET ") and self.hide(piece.partition(b"\r")[0].decode()):
+                        head = f"HTTP/1.1 404 Not Found\r\nContent-Length: {len(_NOT_FOUND)}\r\n\r\n"
+                        source.sendall(head.encode() + _NOT_FOUND)
+                        continue
+                    piece = self._flipped(piece, state)
                 elif not piece.startswith(b"HTTP/1.1 100 ") and not self._lets_pass(piece, target, state):
                     break
                 target.sendall(piece)
@@ -115,6 +130,18 @@ class Proxy:
                 if is_answer:
                     one.close()
 
+    def _flipped(self, piece: bytes, state: dict[str, int]) -> bytes:
+        if piece.startswith((b"PUT ", b"POST ", b"GET ", b"HEAD ", b"DELETE ")):
+            state["flipped"] = 0
+        if len(piece) < 8192 or state["flipped"]:
+            return piece
+        with self._lock:
+            if not self.flip_requests:
+                return piece
+            self.flip_requests -= 1
+        state["flipped"] = 1
+        return piece[:-1] + bytes([piece[-1] ^ 0x10])
+
     def _lets_pass(self, piece: bytes, client: socket.socket, state: dict[str, int]) -> bool:
         with self._lock:
             dropped = self.drop_responses > 0
@@ -128,6 +155,12 @@ class Proxy:
             return False
         state["answered_bytes"] += len(piece)
         return True
+
+    def _spoilt(self, piece: bytes, state: dict[str, int]) -> bytes:
+        if state["answered_bytes"] < _HEAD_BYTES or not self.flips():
+            return piece
+        middle = len(piece) // 2
+        return piece[:middle] + bytes([piece[middle] ^ 16]) + piece[middle + 1 :]
 
     def _reset_all(self) -> None:
         with self._lock:

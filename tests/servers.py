@@ -36,6 +36,14 @@ def rclone_server(folder: Path) -> Iterator[str]:
         yield url
 
 
+@contextmanager
+def sink_server(verifies: str) -> Iterator[str]:
+    """The benchmarks' own server: holds the checksums that it is told (`"crc32c,md5"`) against every body, and ignores the others."""
+    arguments = ["-m", "benchmarks.stores.sink_server", "--verify", verifies, "--verify-large"]
+    with _running([sys.executable, *arguments], cwd=Path(__file__).parent.parent) as url:
+        yield url
+
+
 def _program(name: str) -> str:
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     assert found, f"{name} is not installed: pip install -e '.[dev]'"
@@ -43,10 +51,14 @@ def _program(name: str) -> str:
 
 
 @contextmanager
-def _running(command: list[str]) -> Iterator[str]:
+def _running(command: list[str], cwd: Path | None = None) -> Iterator[str]:
     with tempfile.TemporaryFile("w+b") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            [sys.executable, "-c", _BOOTSTRAP, *command],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
         )
         try:
             yield _ready(process, output.fileno())

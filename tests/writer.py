@@ -39,7 +39,7 @@ def write_checkpoint(
     receipts = [_put(store, keys.folder(step, attempt), made, shard, arena) for shard in made.shards]
     fields: dict[str, Any] = {"time_s": 1.7e9 + step, "on_exists": "raise", **record}
     job = SaveJob(number=1, step=step, attempt=attempt, structure=1, arena=1, codec=made.codec, **fields)
-    digests = bytes(arena[made.digests_offset : made.digests_offset + 32 * made.chunk_count])
+    digests = bytes(arena[made.digests_offset : made.digests_offset + 32 * made.piece_count])
     state_file = write_state(flat.values)
     outcome = commit(store, job, IndexBuilder(made), receipts=receipts, digests=digests, state=state_file, sleep=sleep)
     assert outcome.result == "committed"
@@ -56,7 +56,7 @@ def _put(store: Store, folder: str, made: Plan, shard: ShardPlan, arena: memoryv
     data, frames, stored = [], [], 0
     for frame in encode_shard(shard, arena, made.codec, arena[made.digests_offset :]):
         data.append(frame.data)
-        frames.append((frame.raw_offset, frame.raw_bytes, stored, len(frame.data)))
+        frames.append((frame.raw_bytes, len(frame.data)))
         stored += len(frame.data)
     store.put(folder + shard.name, data)
     return ShardReceipt(shard.number, folder + shard.name, shard.raw_bytes, stored, tuple(frames), 0.0, 0.0)

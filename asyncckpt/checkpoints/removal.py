@@ -7,7 +7,8 @@ removal that is cut short leaves objects without a record, never the reverse. Re
 from collections.abc import Collection, Iterable
 
 from asyncckpt import errors
-from asyncckpt.checkpoints.standing import MARK_BYTES, Standing, held, judge, survey
+from asyncckpt.checkpoints.marks import MARK_BYTES
+from asyncckpt.checkpoints.standing import Standing, held, judge, survey
 from asyncckpt.format import keys
 from asyncckpt.store.base import Store
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.marks import read_mark
+from asyncckpt.checkpoints.rereading import Wrong, certain
 from asyncckpt.format import keys, limits
-from asyncckpt.format.digest import Hasher
+from asyncckpt.format.digest import Hasher, digest
 from asyncckpt.format.record import ENDING_BYTES, Outline, Record, digest_in, is_sealed, newer
 from asyncckpt.format.strict_json import FORMAT
 from asyncckpt.store.base import Entry, Store, Version
 
 STUMP_S = 5.0
 """An index must be missing at two readings so far apart before its record may be replaced: one wrong 404 must never cost a checkpoint."""
-MARK_BYTES = 64 * 1024
-_READINGS = 3  # of a record that seems damaged, until two in a row are equal
 _PIECE_BYTES = 4 * 2**20
 _HELD_BYTES = 8 * limits.RECORD_BYTES  # of a record that is too large to be one, so that it can be replaced
 _FOLDER = re.compile(rb"step-[0-9]{10,18}/[a-z0-9][a-z0-9._-]{0,127}/")
@@ -81,22 +81,34 @@ def survey(store: Store) -> Listing:
 def judge(store: Store, step: int) -> Standing | None:
     """What stands at the step; None if there is no record.
 
-    Damage is what stays the same: a record is damaged only if two readings in a row gave the same bytes. If they never do, `StoreError`.
+    It is damaged only where enough readings, on connections of their own, say the same (see `rereading`). Where they differ, `StoreError`.
     """
     key = keys.record_key(step)
-    before: bytes | None = None
-    for _ in range(_READINGS):
-        try:
-            version = store.get_version(key, max_bytes=limits.RECORD_BYTES)
-        except errors.ObjectNotFoundError:
-            return None
-        except errors.ResourceLimitError:
-            return _judge_large(store, step, key)
-        standing = _judged(step, key, version)
-        if not standing.damaged or version.data == before:
-            return standing
-        before = version.data
-    raise errors.StoreError("the bytes of this record change on the way: every reading gave others", step=step, key=key)
+    damaged: Standing | None = None
+
+    def look(place: Store) -> Standing | Wrong | None:
+        nonlocal damaged
+        found = _read(place, step, key)
+        if found is None or not found.damaged:
+            return found
+        damaged = found
+        assert found.error is not None
+        evidence = digest(found.version.data) if found.version is not None else found.error.message
+        return Wrong(found.error, evidence)
+
+    try:
+        return certain(store, key, look)
+    except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError):
+        return damaged
+
+
+def _read(store: Store, step: int, key: str) -> Standing | None:
+    try:
+        return _judged(step, key, store.get_version(key, max_bytes=limits.RECORD_BYTES))
+    except errors.ObjectNotFoundError:
+        return None
+    except errors.ResourceLimitError:
+        return _judge_large(store, step, key)
 
 
 def _judged(step: int, key: str, version: Version) -> Standing:
@@ -175,18 +187,9 @@ def _sealed(data: bytes) -> bool:
     return is_sealed(hasher.digest().hex(), data[-ENDING_BYTES:])
 
 
-def marked_attempt(store: Store, step: int) -> str:
-    """The attempt that the step's damage mark names, in its first line; empty where there is no mark, or an empty one."""
-    try:
-        data = store.get(keys.damaged_key(step), max_bytes=MARK_BYTES)
-    except (errors.ObjectNotFoundError, errors.ResourceLimitError):
-        return ""
-    return data.partition(b"\n")[0].decode("latin-1").strip()
-
-
 def is_set_aside(store: Store, standing: Standing) -> bool:
     """Whether a mark says that this very attempt is damaged."""
-    return bool(standing.attempt) and not standing.newer and marked_attempt(store, standing.step) == standing.attempt
+    return bool(standing.attempt) and not standing.newer and read_mark(store, standing.step) == standing.attempt
 
 
 def lacks_index(store: Store, record: Record) -> bool:
@@ -203,18 +206,19 @@ def lacks_index(store: Store, record: Record) -> bool:
 def is_stump(store: Store, standing: Standing, *, sleep: Callable[[float], None] = time.sleep) -> bool:
     """Whether a sound record's index is provably gone. Takes five seconds if it seems so.
 
-    Missing at two readings, absent from a listing, and the record unchanged meanwhile.
+    Missing at two readings on different connections, absent from a listing, and the record unchanged meanwhile.
     """
     record = standing.record
     if record is None or not lacks_index(store, record):
         return False
     sleep(STUMP_S)
-    if not lacks_index(store, record):
-        return False
-    folder = record.index.key[: record.index.key.rindex("/") + 1]
-    if any(entry.key == record.index.key for entry in store.list(folder)):
-        return False
-    now = judge(store, standing.step)
+    with store.afresh() as fresh:
+        if not lacks_index(fresh, record):
+            return False
+        folder = record.index.key[: record.index.key.rindex("/") + 1]
+        if any(entry.key == record.index.key for entry in fresh.list(folder)):
+            return False
+        now = judge(fresh, standing.step)
     return now is not None and now.version == standing.version
 
 

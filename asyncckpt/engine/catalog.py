@@ -1,18 +1,23 @@
-"""What a store holds: which checkpoints, and their records, indexes and state files, verified."""
+"""What a store holds: which checkpoints, and their records, indexes and state files, verified.
+
+Each of these objects is read whole, and again where it cannot be right (see `rereading`).
+"""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints import rereading
+from asyncckpt.checkpoints.marks import is_marked
+from asyncckpt.checkpoints.rereading import Wrong
 from asyncckpt.format import keys, limits
-from asyncckpt.format.digest import digest
-from asyncckpt.format.frames import decompress
-from asyncckpt.format.index import MAX_INDEX_BYTES, Index
-from asyncckpt.format.record import FileRef, Record
+from asyncckpt.format.digest import Hasher, digest
+from asyncckpt.format.index import Index
+from asyncckpt.format.record import ENDING_BYTES, FileRef, Outline, Record, is_sealed, newer
 from asyncckpt.store.base import Store
 
-MAX_STATE_BYTES = 2**31
-_MARK_BYTES = 1024
+_PIECE_BYTES = 2**20  # of a record that is too large to be held
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,46 +36,96 @@ def find_checkpoints(store: Store) -> Found:
             steps.add(step)
         elif (step := keys.parse_damaged_key(entry.key)) is not None:
             marks.add(step)
-    marked = {step for step in steps & marks if _is_damaged(store, step)}
+    marked = {step for step in steps & marks if is_marked(store, step)}
     return Found(tuple(sorted(steps - marked)), tuple(sorted(marked)))
 
 
-def _is_damaged(store: Store, step: int) -> bool:
-    """A mark counts for the attempt that it names: the step may have been saved again since."""
-    try:
-        mark = store.get(keys.damaged_key(step), max_bytes=_MARK_BYTES)
-        attempt = read_record(store, step).attempt
-    except (errors.ObjectNotFoundError, errors.CheckpointNotFoundError, errors.FormatVersionError):
-        return False
-    except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError):
-        return True
-    return mark == attempt.encode()
-
-
-def _instead(store: Store) -> str:
-    """The steps that could be asked for."""
-    with contextlib.suppress(errors.CheckpointError):  # the first error is the one to tell
-        found = (keys.parse_record_key(entry.key) for entry in store.list(delimiter=True))
-        steps = sorted(step for step in found if step is not None)
-        return f"; the last that are there: {', '.join(map(str, steps[-5:]))}" if steps else "; there is none at all"
-    return ""
-
-
 def read_record(store: Store, step: int) -> Record:
-    """The record of a step; `CheckpointNotFoundError` if there is none."""
+    """The record of a step; `CheckpointNotFoundError` if there is none.
+
+    A damaged one raises a `CorruptCheckpointError` or an `UnsafeCheckpointError`, one of a newer asyncckpt a `FormatVersionError`.
+    """
     key = keys.record_key(step)
+
+    def look(place: Store) -> Record | Wrong:
+        return _look_at_record(place, key)
+
     try:
-        record = Record.parse(store.get(key, max_bytes=limits.RECORD_BYTES), key)
-    except errors.ObjectNotFoundError as error:
-        raise errors.CheckpointNotFoundError(
-            f"there is no checkpoint of this step{_instead(store)}", step=step, key=key
-        ) from error
+        found = look(store)
+        if not isinstance(found, Wrong):
+            return found
+        steps = _steps(store) if rereading.is_missing(found) else []
+        if rereading.is_missing(found) and step not in steps:
+            instead = (
+                f"; the last that are there: {', '.join(map(str, steps[-5:]))}" if steps else "; there is none at all"
+            )
+            raise errors.CheckpointNotFoundError(f"there is no checkpoint of this step{instead}")
+        return rereading.settled(store, key, look, found)
+    except errors.MissingShardError as error:
+        raise errors.CheckpointNotFoundError("the checkpoint was removed", step=step, key=key) from error
     except errors.CheckpointError as error:
         error.at(step=step, key=key)
         raise
-    if record.step != step:
-        raise errors.RecordError(f"the record names step {record.step}", step=step, key=key)
-    return record
+
+
+def _steps(store: Store) -> list[int]:
+    """All that LIST shows, sorted; none where it cannot be asked."""
+    with contextlib.suppress(errors.CheckpointError):  # the first error is the one to tell
+        found = (keys.parse_record_key(entry.key) for entry in store.list(delimiter=True))
+        return sorted(step for step in found if step is not None)
+    return []
+
+
+def _look_at_record(store: Store, key: str) -> Record | Wrong:
+    try:
+        data = store.get(key, max_bytes=limits.RECORD_BYTES)
+    except errors.ObjectNotFoundError as error:
+        return rereading.missing(key, error)
+    except errors.ResourceLimitError:
+        return _look_at_large_record(store, key)
+    try:
+        return Record.parse(data, key)
+    except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+        with contextlib.suppress(errors.CheckpointError):
+            error.at(attempt=Outline.parse(data, key).attempt)  # readable, and yet it breaks a rule
+        if not isinstance(error, errors.DigestMismatchError):
+            return rereading.wrong_file(error, data)
+        return rereading.wrong_file(_record_mismatch(digest(memoryview(data)[:-ENDING_BYTES]), data), data)
+
+
+def _record_mismatch(found: bytes, ending: bytes | bytearray) -> errors.DigestMismatchError:
+    return rereading.mismatch("the record's bytes", found, ending[-68:-4].decode("latin-1"))
+
+
+def _look_at_large_record(store: Store, key: str) -> Wrong:
+    try:
+        return _judge_large_record(store, key)
+    except errors.ObjectNotFoundError as error:
+        return rereading.missing(key, error)
+    except errors.CorruptCheckpointError as error:
+        return rereading.wrong_size(error, lambda _: True)  # it became shorter under our hands: nothing is certain
+
+
+def _judge_large_record(store: Store, key: str) -> Wrong:
+    """Of a record beyond the limit its digest alone is asked: it is from a newer asyncckpt, or damaged. Holds a piece at a time."""
+    entry = store.head(key)
+    if entry is None:
+        return rereading.missing(key)
+    body_bytes = max(entry.stored_bytes - ENDING_BYTES, 0)
+    ending = bytearray(ENDING_BYTES)
+    store.get_into(key, body_bytes, memoryview(ending))
+    if not is_sealed(ending[-68:-4].decode("latin-1"), ending):
+        return rereading.wrong_file(
+            errors.RecordError("the record does not end with its digest: it is cut short, or no record"), ending
+        )
+    hasher, piece = Hasher(), memoryview(bytearray(_PIECE_BYTES))
+    for done in range(0, body_bytes, _PIECE_BYTES):
+        part = piece[: min(_PIECE_BYTES, body_bytes - done)]
+        store.get_into(key, done, part)
+        hasher.update(part)
+    if is_sealed(hasher.digest().hex(), ending):
+        raise newer(f"a record of {entry.stored_bytes} bytes is above {limits.RECORD_BYTES}")
+    return rereading.wrong_file(_record_mismatch(hasher.digest(), ending), hasher.digest() + ending)
 
 
 def read_checkpoint(store: Store, step: int) -> tuple[Record, Index]:
@@ -81,9 +136,9 @@ def read_checkpoint(store: Store, step: int) -> tuple[Record, Index]:
 
 def read_index(store: Store, record: Record) -> Index:
     """The index of a checkpoint, verified against its record."""
-    data = _read_file(store, record.index, record, MAX_INDEX_BYTES)
+    data = _read_file(store, record.index, record, limits.INDEX_BYTES)
     try:
-        return Index.parse(decompress(data, MAX_INDEX_BYTES))
+        return Index.unpack(data)
     except errors.CheckpointError as error:
         error.at(step=record.step, key=record.index.key, attempt=record.attempt)
         raise
@@ -91,26 +146,39 @@ def read_index(store: Store, record: Record) -> Index:
 
 def read_values(store: Store, record: Record) -> list[bytes]:
     """The bytes of every state file, verified against the record."""
-    return [_read_file(store, ref, record, MAX_STATE_BYTES) for ref in record.states]
+    left_bytes = limits.STATE_BYTES
+    files = []
+    for ref in record.states:
+        files.append(_read_file(store, ref, record, left_bytes))
+        left_bytes -= ref.bytes
+    return files
 
 
 def _read_file(store: Store, ref: FileRef, record: Record, limit_bytes: int) -> bytes:
     try:
         if ref.bytes > limit_bytes:
-            raise errors.ResourceLimitError(f"the file has {ref.bytes} bytes; at most {limit_bytes} are read")
-        try:
-            data = store.get(ref.key, max_bytes=ref.bytes)
-        except errors.ObjectNotFoundError as error:
-            raise errors.MissingShardError("a file that the record names is gone") from error
-        except errors.ResourceLimitError as error:
-            raise errors.CorruptCheckpointError(
-                f"the file is longer than the {ref.bytes} bytes in its record"
-            ) from error
-        if len(data) != ref.bytes:
-            raise errors.CorruptCheckpointError(f"the file has {len(data)} bytes, its record states {ref.bytes}")
-        if digest(data).hex() != ref.digest:
-            raise errors.DigestMismatchError("the file's bytes differ from their digest")
+            raise newer(f"the record states a file of {ref.bytes} bytes, and {limit_bytes} are read")
+        return rereading.certain(store, ref.key, _file_look(ref))
     except errors.CheckpointError as error:
         error.at(step=record.step, key=ref.key, attempt=record.attempt)
         raise
-    return data
+
+
+def _file_look(ref: FileRef) -> Callable[[Store], bytes | Wrong]:
+    def look(store: Store) -> bytes | Wrong:
+        try:
+            data = store.get(ref.key, max_bytes=ref.bytes)
+        except errors.ObjectNotFoundError as error:
+            return rereading.missing(ref.key, error)
+        except errors.ResourceLimitError:
+            longer = errors.CorruptCheckpointError(f"the file is longer than the {ref.bytes} bytes in its record")
+            return rereading.wrong_size(longer, ref.bytes.__eq__)
+        if len(data) != ref.bytes:
+            other = errors.CorruptCheckpointError(f"the file has {len(data)} bytes, its record states {ref.bytes}")
+            return rereading.wrong_file(other, data, ref.bytes)
+        found = digest(data)
+        if found.hex() != ref.digest:
+            return rereading.wrong_file(rereading.mismatch("the file's bytes", found, ref.digest), data)
+        return data
+
+    return look

@@ -20,7 +20,6 @@ from asyncckpt.format.record import FileRef, Record
 from asyncckpt.store.base import Store, Version
 
 _ROUNDS = 5  # of judging a record and putting ours in its place, before the step is left to whoever keeps writing it
-_NO_TAG = '"00000000000000000000000000000000"'  # of no object
 
 
 def exists(store: Store, job: SaveJob) -> bool:
@@ -80,7 +79,7 @@ def commit(
         states=(refs[folder + "state.pt"],),
         folders=(folder,),
     )
-    put = _RecordPut(store, job, record, index, sleep, unanswered=again)
+    put = _RecordPut(store, job, record, sleep, unanswered=again)
     result: Literal["committed", "exists"] = "committed" if put.run() else "exists"
     return CommitOutcome(
         result=result,
@@ -109,7 +108,6 @@ class _RecordPut:
         store: Store,
         job: SaveJob,
         record: Record,
-        index: bytes,
         sleep: Callable[[float], None],
         *,
         unanswered: bool,
@@ -118,7 +116,6 @@ class _RecordPut:
         self._store = store
         self._job = job
         self._record = record
-        self._index = index
         self._sleep = sleep
         self._key = keys.record_key(job.step)
         self._data = record.to_json()
@@ -202,26 +199,9 @@ class _RecordPut:
     def _judged_bytes(self, standing: Standing) -> Version | None:
         """What the put replaces; None if it is gone or another by now."""
         try:
-            old = held(self._store, standing)
+            return held(self._store, standing)
         except (errors.ObjectChangedError, errors.ObjectNotFoundError):
             return None
-        self._prove()
-        return old
-
-    def _prove(self) -> None:
-        """Refuse a store that ignores `If-Match`, before the first record is replaced there: our own index shows it."""
-        if self._store.conditional_puts == "unproven":
-            key = self._record.index.key
-            try:
-                self._store.replace(key, [self._index], Version(b"", _NO_TAG))
-            except (errors.ObjectChangedError, errors.ObjectNotFoundError):
-                return
-            raise errors.UnsafeStoreError(
-                "this store ignores `If-Match`, so a damaged checkpoint of this step cannot be replaced safely: delete it by hand, or "
-                "take another step",
-                step=self._job.step,
-                key=key,
-            )
 
 
 def had_no_answer(error: errors.StoreError) -> bool:
@@ -242,10 +222,3 @@ def _probe(store: Store, key: str, data: bytes) -> None:
         "ever writes below this prefix, say store=asyncckpt.S3Options(single_writer=True)",
         key=key,
     )
-
-
-def mark_damaged(store: Store, step: int) -> None:
-    """Set a checkpoint aside: readers pass over it, and its step can be saved again. Only a Saver calls this."""
-    standing = judge(store, step)
-    if standing is not None and not standing.newer:
-        store.put(keys.damaged_key(step), [standing.attempt.encode()])

@@ -5,26 +5,28 @@ changes, and once more into place, where they are verified again as they land. S
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, refused
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
-from asyncckpt.engine.fetch import Progress, Scratch, read_shard
-from asyncckpt.engine.ranges import check_runs
+from asyncckpt.engine.fetch import Progress, Scratch
+from asyncckpt.engine.ranges import slots_of, whole_of
 from asyncckpt.format.digest import Hasher
 from asyncckpt.format.index import Index
+from asyncckpt.format.limits import BLOCK_BYTES
 from asyncckpt.store.base import Store
 
 MIN_BYTES = 2**20
 """Smaller tensors are cheaper to read side by side, in few requests."""
-_PIECE_BYTES = 2**20  # read, then digested while it is in the cache
+_READ_BYTES = 2**20  # then digested while it is in the cache
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """A chunk: one run of its tensor, and of its object."""
+class _Piece:
+    """What one digest covers: one run of its tensor, and of its object."""
 
     path: str
     key: str
@@ -35,16 +37,17 @@ class _Run:
 
 
 def direct_paths(store: Store, index: Index, paths: Iterable[str]) -> list[str]:
-    """Which of these tensors `verify` and `fill` can serve."""
+    """Which of these tensors `verify` and `fill` can serve: those whose chunks are runs of them."""
     if not store.rereads:
         return []
-    return [
-        path
-        for path in paths
-        if path in index.tensors
-        and index.tensors[path].raw_bytes >= MIN_BYTES
-        and not any(index.shards[chunk.shard].frames for chunk in index.tensors[path].chunks)
-    ]
+    return [path for path in paths if path in index.tensors and _is_direct(index, path)]
+
+
+def _is_direct(index: Index, path: str) -> bool:
+    tensor = index.tensors[path]
+    if tensor.raw_bytes < MIN_BYTES or any(len(index.shards[chunk.shard].frames) for chunk in tensor.chunks):
+        return False
+    return all(slot.placing is None for slot in slots_of(tensor, whole_of(tensor)))
 
 
 def verify(store: Store, index: Index, paths: Iterable[str], *, progress: Progress | None = None) -> None:
@@ -76,52 +79,66 @@ class _Reading:
         self._progress = progress
         self._lock = threading.Lock()
         self._done_bytes = 0
-        self._runs = [run for path in paths for run in _runs(index, path)]
-        self._total_bytes = sum(run.raw_bytes for run in self._runs)
-        self._crew = Crew(sorted(self._runs, key=lambda run: -run.raw_bytes), self._worker)  # no large one last
+        self._pieces = [piece for path in paths for piece in _pieces(index, path)]
+        self._total_bytes = sum(piece.raw_bytes for piece in self._pieces)
+        self._crew = Crew(self._pieces, self._worker)
 
     def run(self) -> None:
-        self._crew.run(min(usable_cores(), len(self._runs)), self._report)
+        self._crew.run(min(usable_cores(), len(self._pieces)), self._report)
 
     def _report(self) -> None:
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
 
-    def _worker(self) -> Callable[[_Run], None]:
-        scratch = Scratch().take(_PIECE_BYTES)
+    def _worker(self) -> Callable[[_Piece], None]:
+        scratch = Scratch().take(_READ_BYTES)
 
-        def serve(run: _Run) -> None:
+        def serve(piece: _Piece) -> None:
             try:
-                self._serve(run, scratch)
+                self._serve(piece, scratch)
             except errors.CheckpointError as error:
-                error.at(key=run.key)
+                error.at(key=piece.key)
                 raise
 
         return serve
 
-    def _serve(self, run: _Run, scratch: memoryview) -> None:
+    def _serve(self, piece: _Piece, scratch: memoryview) -> None:
+        def look(store: Store) -> Wrong | None:
+            return self._look(store, piece, scratch)
+
+        certain(self._store, piece.key, look, stopped=self._is_stopped)
+        with self._lock:
+            self._done_bytes += piece.raw_bytes
+
+    def _look(self, store: Store, piece: _Piece, scratch: memoryview) -> Wrong | None:
+        """One reading; what is wrong with it."""
         hasher = Hasher()
-        place = None if self._places is None else self._places[run.path][run.start : run.start + run.raw_bytes]
-        for done in range(0, run.raw_bytes, _PIECE_BYTES):
+        place = None if self._places is None else self._places[piece.path][piece.start : piece.start + piece.raw_bytes]
+        for done in range(0, piece.raw_bytes, _READ_BYTES):
             if self._crew.failed:
-                return
-            size = min(_PIECE_BYTES, run.raw_bytes - done)
-            piece = scratch[:size] if place is None else place[done : done + size]
-            read_shard(self._store, run.key, run.offset + done, piece)
-            hasher.update(piece)
-            with self._lock:
-                self._done_bytes += size
-        if hasher.digest() != run.digest:
-            if place is None:
-                raise errors.DigestMismatchError(f"the bytes of tensor {run.path!r} differ from their digest")
-            raise errors.DigestMismatchError(f"the bytes of tensor {run.path!r} changed while they were restored")
+                return None
+            size = min(_READ_BYTES, piece.raw_bytes - done)
+            target = scratch[:size] if place is None else place[done : done + size]
+            if wrong := read_into(store, piece.key, piece.offset + done, target):
+                return wrong
+            hasher.update(target)
+        found = hasher.digest()
+        if found == piece.digest:
+            return None
+        what = f"the bytes of tensor {piece.path!r}"
+        error = mismatch(
+            what if place is None else f"{what}, which changed while they were restored,", found, piece.digest.hex()
+        )
+        return refused(error, piece.offset, piece.raw_bytes, found)
+
+    def _is_stopped(self) -> bool:
+        return self._crew.failed
 
 
-def _runs(index: Index, path: str) -> list[_Run]:
+def _pieces(index: Index, path: str) -> Iterator[_Piece]:
     tensor = index.tensors[path]
-    runs, start = [], 0
-    for chunk in check_runs(tensor):
+    for _, chunk, start, _ in slots_of(tensor, whole_of(tensor)):
         key = index.shards[chunk.shard].key
-        runs.append(_Run(path, key, chunk.raw_offset, chunk.raw_bytes, chunk.digest, start))
-        start += chunk.raw_bytes
-    return runs
+        for number, done in enumerate(range(0, chunk.raw_bytes, BLOCK_BYTES)):
+            size = min(BLOCK_BYTES, chunk.raw_bytes - done)
+            yield _Piece(path, key, chunk.raw_offset + done, size, chunk.digest(number), start + done)

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, reread_range
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.pages import anonymous_map
-from asyncckpt.engine.ranges import Block, FetchPlan, Request, Slot, plan_fetch
+from asyncckpt.engine.ranges import Block, FetchPlan, Piece, Request, plan_fetch
+from asyncckpt.format.box import Box
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decode_block
 from asyncckpt.format.index import Index
+from asyncckpt.format.limits import BLOCK_BYTES
 from asyncckpt.store.base import Store
 
 REMOTE_THREADS = 32
@@ -44,18 +47,22 @@ def fetch(
     *,
     into: Provider | None = None,
     places: Mapping[str, memoryview] | None = None,
+    boxes: Mapping[str, Box] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Fetched:
     """Read, decode and verify the tensors at `paths`; nothing else is downloaded. Aliases share one view.
 
     `places`: memory for some of them, by the path of a tensor that is no alias; on an error it holds anything.
+    `boxes`: what alone is wanted of some of them, as offsets and sizes; the view then holds that box in row-major order.
+    Every piece that a digest covers is verified before the tensor is returned, also where only some of it is wanted.
     `threads`: None takes what the store gains from. The first error ends the others and is raised; no thread is left behind.
-    Raises `MissingShardError`, `DigestMismatchError` or `CorruptCheckpointError` with the shard's key.
+    What cannot be right is read again until it is certain (see `rereading`). Then raises `MissingShardError`, `DigestMismatchError` or
+    `CorruptCheckpointError` with the shard's key; or a `StoreError` where it changes from reading to reading.
     """
     names = list(dict.fromkeys(paths))
     places = places or {}
-    plan = plan_fetch(index, names, places)
+    plan = plan_fetch(index, names, places, boxes)
     memory = (into or anonymous_map)(plan.target_bytes)
     target = _Target(memory, {plan.tensors[path][0]: places[path] for path in places})
     count = min(threads or default_threads(store), len(plan.requests))
@@ -70,14 +77,6 @@ def fetch(
 def default_threads(store: Store) -> int:
     """Requests side by side: 32 where connections are the limit, the usable cores where the processor is."""
     return REMOTE_THREADS if store.min_part_bytes > 1 else usable_cores()
-
-
-def read_shard(store: Store, key: str, offset: int, target: memoryview) -> None:
-    """Fill `target` from a shard; one that is not there is a `MissingShardError`."""
-    try:
-        store.get_into(key, offset, target)
-    except errors.ObjectNotFoundError as error:
-        raise errors.MissingShardError("an object that the index names is gone", key=key) from error
 
 
 class Scratch:
@@ -127,9 +126,6 @@ class _Fetch:
         self._wanted_bytes = plan.wanted_bytes
 
     def run(self, count: int) -> None:
-        for slot in self._plan.slots:
-            if not slot.raw_bytes:
-                self._verify(slot)
         self._crew.run(count, self._report)
 
     def _report(self) -> None:
@@ -150,55 +146,81 @@ class _Fetch:
 
     def _serve(self, request: Request, stored: Scratch, plain: Scratch) -> None:
         if request.direct:
-            start = request.blocks[0].pieces[0][2]
-            self._read(request, self._target.at(start, request.stored_bytes))
-            for block in request.blocks:
-                self._landed(block)
-            return
-        data = stored.take(request.stored_bytes)
-        self._read(request, data)
-        with self._decoding:
-            for block in request.blocks:
-                if self._crew.failed:
-                    return
-                self._decode(block, data[block.stored_offset - request.offset :], plain)
-                self._landed(block)
+            data = self._target.at(request.blocks[0].pieces[0].start, request.stored_bytes)
+            self._read(request, data)
+            wrong = self._land(request, data, plain)
+        else:
+            data = stored.take(request.stored_bytes)
+            self._read(request, data)
+            with self._decoding:
+                wrong = self._land(request, data, plain)
+        for block, error in wrong:
+            self._land_again(request, block, _stored(request, block, data), plain, error)
 
     def _read(self, request: Request, target: memoryview) -> None:
-        read_shard(self._store, request.key, request.offset, target)
+        def look(store: Store) -> Wrong | None:
+            return read_into(store, request.key, request.offset, target)
 
-    def _decode(self, block: Block, data: memoryview, plain: Scratch) -> None:
-        if block.plane_bytes == 0:
-            out = data
-        else:
-            whole = block.pieces[0][2]
-            out = self._target.at(whole, block.raw_bytes) if block.whole else plain.take(block.raw_bytes)
-            frames, start = [], 0
-            for size in block.frames:
-                frames.append(data[start : start + size])
-                start += size
-            decode_block(frames, block.plane_bytes, block.raw_bytes, out)
-            if block.whole:
-                return
-        for offset, _, start, size in block.pieces:
-            self._target.at(start, size)[:] = out[offset : offset + size]
+        certain(self._store, request.key, look, stopped=self._is_stopped)
 
-    def _landed(self, block: Block) -> None:
-        """Count the block's pieces; the thread that brings a chunk's last byte verifies the chunk."""
-        complete = []
+    def _land(self, request: Request, data: memoryview, plain: Scratch) -> list[tuple[Block, errors.CheckpointError]]:
+        """Bring each block of what was read where it belongs; those that cannot be right, and why."""
+        wrong: list[tuple[Block, errors.CheckpointError]] = []
+        for block in request.blocks:
+            if self._crew.failed:
+                break
+            try:
+                self._take(request, block, self._decode(block, _stored(request, block, data), plain))
+            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+                wrong.append((block, error))
+        return wrong
+
+    def _land_again(
+        self, request: Request, block: Block, data: memoryview, plain: Scratch, error: errors.CheckpointError
+    ) -> None:
+        """Read one block again until it is certain. Nobody else's decoding waits for that."""
+
+        def land(stored: memoryview) -> None:
+            with self._decoding:
+                self._take(request, block, self._decode(block, stored, plain))
+
+        offset = block.stored.stored_offset
+        reread_range(self._store, request.key, offset, data, land, error=error, stopped=self._is_stopped)
+
+    def _is_stopped(self) -> bool:
+        return self._crew.failed
+
+    def _decode(self, block: Block, data: memoryview, plain: Scratch) -> memoryview:
+        """The plain bytes of a block: where they belong already, or in scratch memory."""
+        stored = block.stored
+        if not stored.frames:
+            return data
+        out = self._target.at(block.pieces[0].start, stored.raw_bytes) if block.whole else plain.take(stored.raw_bytes)
+        decode_block(stored.split(data), stored.plane_bytes, stored.raw_bytes, out)
+        return out
+
+    def _take(self, request: Request, block: Block, plain: memoryview) -> None:
+        """Verify each piece of a block, then put it where it belongs, unless it is there."""
+        for piece in block.pieces:
+            data = plain[piece.offset : piece.offset + piece.raw_bytes]
+            self._verify(request, piece, data)
+            placing = self._plan.slots[piece.slot].placing
+            if placing is not None:
+                placing.put(piece.number * BLOCK_BYTES, data, self._target.at(placing.start, placing.window_bytes))
+            elif not (block.whole and (block.stored.frames or request.direct)):
+                self._target.at(piece.start, piece.raw_bytes)[:] = data
         with self._lock:
-            for _, number, _, size in block.pieces:
-                slot = self._plan.slots[number]
-                slot.missing_bytes -= size
-                if slot.missing_bytes == 0:
-                    complete.append(slot)
-        for slot in complete:
-            self._verify(slot)
-        with self._lock:
-            self._done_bytes += sum(piece[3] for piece in block.pieces)
+            self._done_bytes += sum(piece.raw_bytes for piece in block.pieces)
 
-    def _verify(self, slot: Slot) -> None:
-        if digest(self._target.at(slot.start, slot.raw_bytes)) != slot.digest:
-            raise errors.DigestMismatchError(
-                f"the bytes of tensor {slot.path!r} differ from their digest", key=slot.key
-            )
+    def _verify(self, request: Request, piece: Piece, data: memoryview) -> None:
+        """Hold one piece, just read by this request, against its digest."""
+        tensor, chunk = self._plan.slots[piece.slot][:2]
+        found, stated = digest(data), chunk.digest(piece.number)
+        if found != stated:
+            raise mismatch(f"the bytes of tensor {tensor.path!r}", found, stated.hex()).at(key=request.key)
+
+
+def _stored(request: Request, block: Block, data: memoryview) -> memoryview:
+    """A block's stored bytes in what a request read."""
+    start = block.stored.stored_offset - request.offset
+    return data[start : start + block.stored.stored_bytes]

@@ -50,13 +50,13 @@ class SaveJob:
 
 @dataclass(frozen=True, slots=True)
 class ShardReceipt:
-    """One shard is in the store. `frames`: rows of raw_offset, raw_bytes, stored_offset, stored_bytes."""
+    """One shard is in the store. `frames`: raw and stored bytes of each zstd frame, in order."""
 
     shard: int
     key: str
     raw_bytes: int
     stored_bytes: int
-    frames: tuple[tuple[int, int, int, int], ...]
+    frames: tuple[tuple[int, int], ...]
     encode_s: float
     upload_s: float
 

@@ -82,12 +82,12 @@ class _ShardPut:
         self._lock = threading.Lock()
         self._open = 1  # the encoder itself, and every request in flight
         self._error: BaseException | None = None
-        self._frames: list[tuple[int, int, int, int]] = []
+        self._frames: list[tuple[int, int]] = []
         self._stored = 0
         self._encode_s = 0.0
         self._upload_s = 0.0
 
-    def add(self, raw_offset: int, raw_bytes: int, data: Buffer) -> bool:
+    def add(self, raw_bytes: int, data: Buffer) -> bool:
         """False if a request failed already: the rest is needless."""
         if self._error is not None:
             return False
@@ -95,7 +95,7 @@ class _ShardPut:
         held_bytes = 0 if isinstance(data, memoryview) else size
         if held_bytes:
             self._pipeline.budget.take(held_bytes, unsent=self._part.held_bytes)
-        self._frames.append((raw_offset, raw_bytes, self._stored, size))
+        self._frames.append((raw_bytes, size))
         self._part.data.append(data)
         self._part.bytes += size
         self._part.held_bytes += held_bytes
@@ -224,7 +224,7 @@ class Pipeline:
             for frame in frames:
                 encode_s += time.perf_counter() - started
                 self._progress()
-                if not put.add(frame.raw_offset, frame.raw_bytes, frame.data):
+                if not put.add(frame.raw_bytes, frame.data):
                     break
                 started = time.perf_counter()
             encode_s += time.perf_counter() - started

@@ -1,18 +1,21 @@
 """Which stored ranges hold the wanted tensors, and where their bytes go. Pure: nothing is read here.
 
-A block is what decodes alone. Blocks that lie close together in a shard travel in one request; a request is small enough
-that many connections work side by side. Blocks that nobody asked for are not requested.
+A block is what decodes alone, and it holds pieces: what one digest covers. Blocks that lie close together in a shard travel in one
+request; a request is small enough that many connections work side by side. Blocks that nobody asked for are not requested.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, starmap
+from typing import NamedTuple
 
 from asyncckpt import errors
+from asyncckpt.engine.placing import Placing
+from asyncckpt.format.box import Box, intersect, run_start
 from asyncckpt.format.dtypes import DTYPES
-from asyncckpt.format.index import Index, blocks_of
-from asyncckpt.format.plan import BLOCK_BYTES
-from asyncckpt.format.stored import IndexedChunk, IndexedTensor, StoredBlock
+from asyncckpt.format.index import BlockFinder, Index, IndexedChunk, IndexedTensor, StoredBlock
+from asyncckpt.format.limits import BLOCK_BYTES
 
 REQUEST_BYTES = 8 * 2**20
 """Most stored bytes of one request, unless a single block has more."""
@@ -22,37 +25,37 @@ ALIGN_BYTES = 64
 """Every tensor begins at such a boundary of the target."""
 _DIRECT_BYTES = 2**20  # stored as they are and at least this many: read straight into the target
 
-_Wanted = tuple[IndexedTensor, IndexedChunk, int]  # the last: its slot
 
+class Slot(NamedTuple):
+    """A wanted chunk. `start`: where its bytes go in the target, one run there; or `placing` says where, and `start` nothing."""
 
-@dataclass(slots=True)
-class Slot:
-    """Where one chunk goes: `target[start:start + raw_bytes]`, and what it must hash to."""
-
-    path: str
-    key: str
+    tensor: IndexedTensor
+    chunk: IndexedChunk
     start: int
+    placing: Placing | None
+
+
+class Piece(NamedTuple):
+    """What one digest covers. `offset`: in its block; `number`: among the pieces of its chunk; `start`: in the target, or -1."""
+
+    offset: int
     raw_bytes: int
-    digest: bytes
-    missing_bytes: int
+    slot: int
+    number: int
+    start: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Block:
-    """`pieces`: rows of (offset in the block, slot, offset in the target, bytes). `plane_bytes` 0: stored as it is."""
+    """`pieces`: those that are wanted of what the block holds."""
 
-    raw_offset: int
-    raw_bytes: int
-    plane_bytes: int
-    stored_offset: int
-    frames: tuple[int, ...]  # stored bytes of each, one behind the other
-    stored_bytes: int
-    pieces: list[tuple[int, int, int, int]] = field(default_factory=list)
+    stored: StoredBlock
+    pieces: list[Piece] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
         """Whether the block is one run of the target, so that it decodes straight into it."""
-        return len(self.pieces) == 1 and self.pieces[0][3] == self.raw_bytes
+        return len(self.pieces) == 1 and self.pieces[0].raw_bytes == self.stored.raw_bytes and self.pieces[0].start >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,8 @@ class FetchPlan:
 
     @property
     def wanted_bytes(self) -> int:
-        """Plain bytes of the wanted tensors."""
-        return sum(size for _, size in self.tensors.values())
+        """Plain bytes of all pieces that are read."""
+        return sum(piece.raw_bytes for request in self.requests for block in request.blocks for piece in block.pieces)
 
     @property
     def requested_bytes(self) -> int:
@@ -90,33 +93,38 @@ class FetchPlan:
         return sum(request.stored_bytes for request in self.requests)
 
 
-def plan_fetch(index: Index, paths: Iterable[str], own: Container[str] = ()) -> FetchPlan:
+def plan_fetch(
+    index: Index, paths: Iterable[str], own: Container[str] = (), boxes: Mapping[str, Box] | None = None
+) -> FetchPlan:
     """Lay the tensors out and find their ranges. An alias is planned once, with the tensor it stands for.
 
-    Those in `own` stand behind the others with a gap before each, so that nothing reaches from one into the next.
+    Those in `own` stand behind the others with a gap before each, so that nothing reaches from one into the next. Of those in `boxes`,
+    by the path of a tensor that is no alias, that box alone is wanted.
 
-    `RecordError` for a path that the index does not name, or whose chunks and frames do not fit together.
+    `RecordError` for a path that the index does not name; `CorruptCheckpointError` if chunks and frames do not fit together.
     """
     slots: list[Slot] = []
     places: dict[str, tuple[int, int]] = {}
-    by_shard: dict[int, list[_Wanted]] = {}
+    by_shard: dict[int, list[int]] = {}
     end = 0
     target_bytes = 0
     # neighbours there are neighbours here
     for tensor in sorted(_named(index, paths), key=lambda tensor: (tensor.path in own, *_stored_at(tensor))):
         path = tensor.path
-        start = end = -(-end // ALIGN_BYTES) * ALIGN_BYTES + (ALIGN_BYTES if path in own else 0)
-        for chunk in check_runs(tensor):
-            by_shard.setdefault(chunk.shard, []).append((tensor, chunk, len(slots)))
-            slots.append(Slot(path, index.shards[chunk.shard].key, end, chunk.raw_bytes, chunk.digest, chunk.raw_bytes))
-            end += chunk.raw_bytes
+        start = -(-end // ALIGN_BYTES) * ALIGN_BYTES + (ALIGN_BYTES if path in own else 0)
+        window = whole_of(tensor) if boxes is None else _checked(tensor, boxes.get(path, whole_of(tensor)))
+        for slot in slots_of(tensor, window, start):
+            if slot.chunk.raw_bytes:
+                by_shard.setdefault(slot.chunk.shard, []).append(len(slots))
+                slots.append(slot)
+        end = start + math.prod(window[1]) * DTYPES[tensor.dtype].element_bytes
         places[path] = (start, end - start)
         target_bytes = target_bytes if path in own else end
     requests: list[Request] = []
-    for number, chunks in sorted(by_shard.items()):
-        chunks.sort(key=lambda row: row[1].raw_offset)
+    for number, wanted in sorted(by_shard.items()):
         shard = index.shards[number]
-        requests += _merge(shard.key, _framed(index, chunks, slots) if shard.frames else _plain(chunks, slots))
+        wanted.sort(key=lambda at: slots[at].chunk.raw_offset)
+        requests += _merge(shard.key, _blocks(BlockFinder(shard), wanted, slots))
     return FetchPlan(tuple(requests), tuple(slots), places, target_bytes)
 
 
@@ -131,80 +139,80 @@ def _stored_at(tensor: IndexedTensor) -> tuple[int, int]:
     return tensor.chunks[0].shard, tensor.chunks[0].raw_offset
 
 
-def check_runs(tensor: IndexedTensor) -> Sequence[IndexedChunk]:
-    """The chunks of a tensor in the order of its bytes; `RecordError` unless they follow each other, each one run."""
-    chunks = tensor.chunks if len(tensor.chunks) == 1 else sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
-    end = 0
-    for chunk in chunks:
-        _check_place(tensor, chunk, end)
-        end += chunk.raw_bytes
-    return chunks
+def whole_of(tensor: IndexedTensor) -> Box:
+    """The box that is all of the tensor."""
+    return (0,) * len(tensor.shape), tensor.shape
 
 
-def _check_place(tensor: IndexedTensor, chunk: IndexedChunk, offset_bytes: int) -> None:
-    """A chunk must be one run of its tensor that begins at `offset_bytes`."""
-    if len(tensor.chunks) == 1 and chunk.sizes == tensor.shape:
+def _checked(tensor: IndexedTensor, box: Box) -> Box:
+    if len(box[0]) != len(tensor.shape) or len(box[1]) != len(tensor.shape):
+        raise ValueError(f"a box of {len(box[0])} dimensions of a tensor of {len(tensor.shape)}")
+    for begin, size, extent in zip(*box, tensor.shape, strict=True):
+        if begin < 0 or size < 0 or begin + size > extent:
+            raise ValueError(f"the box {box} is not inside of a tensor of shape {tensor.shape}")
+    return box
+
+
+def slots_of(tensor: IndexedTensor, window: Box, start: int = 0) -> Iterator[Slot]:
+    """The chunks that hold some of the window, whose bytes begin at `start` of the target."""
+    if window == (tensor.chunks[0].offsets, tensor.chunks[0].sizes):
+        yield Slot(tensor, tensor.chunks[0], start, None)
         return
-    start, begun = 0, False
-    for offset, size, extent in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True):
-        start = start * extent + offset
-        if begun and size != extent:
-            raise errors.RecordError(f"a chunk of {tensor.path} is not one run of its elements", key=tensor.path)
-        begun = begun or size != 1
-    if start * DTYPES[tensor.dtype].element_bytes != offset_bytes:
-        raise errors.RecordError(f"the chunks of {tensor.path} leave a hole or overlap", key=tensor.path)
-
-
-def _framed(index: Index, chunks: Sequence[_Wanted], slots: Sequence[Slot]) -> Iterator[Block]:
-    """The compressed blocks that hold the chunks, in stored order; a block shared by several chunks comes once."""
-    last: Block | None = None
-    last_end = 0
-    for tensor, chunk, number in chunks:
-        if last is not None and chunk.raw_offset + chunk.raw_bytes <= last_end:  # 20,000 small ones share a few blocks
-            last.pieces.append((chunk.raw_offset - last.raw_offset, number, slots[number].start, chunk.raw_bytes))
+    element_bytes = DTYPES[tensor.dtype].element_bytes
+    for chunk in tensor.chunks:
+        box = chunk.offsets, chunk.sizes
+        hit = intersect(box, window)
+        if hit is None:
             continue
-        for stored in blocks_of(index, tensor, chunk):
-            if last is None or last.stored_offset != stored.stored_offset:
-                if last is not None:
-                    yield last
-                last = _block(index.shards[chunk.shard].key, stored)
-                last_end = stored.raw_offset + stored.raw_bytes
-            first = max(stored.raw_offset, chunk.raw_offset)
-            end = min(stored.raw_offset + stored.raw_bytes, chunk.raw_offset + chunk.raw_bytes)
-            target = slots[number].start + first - chunk.raw_offset
-            last.pieces.append((first - stored.raw_offset, number, target, end - first))
-    if last is not None:
-        yield last
+        inside = tuple(at - begin for at, begin in zip(chunk.offsets, window[0], strict=True)), chunk.sizes
+        run = run_start(inside, window[1]) if hit == box else None
+        if run is None:
+            yield Slot(tensor, chunk, -1, Placing(box, window, element_bytes, start))
+        else:
+            yield Slot(tensor, chunk, start + run * element_bytes, None)
 
 
-def _block(key: str, stored: StoredBlock) -> Block:
-    if stored.stored_bytes > 2 * BLOCK_BYTES or stored.raw_bytes > BLOCK_BYTES:  # or a forged table asks for any memory
-        raise errors.ResourceLimitError(f"a block stored in {stored.stored_bytes} bytes is above the limit", key=key)
-    frames = tuple(row[3] for row in stored.frames)
-    return Block(
-        stored.raw_offset, stored.raw_bytes, stored.plane_bytes, stored.stored_offset, frames, stored.stored_bytes
-    )
+def _blocks(finder: BlockFinder, wanted: Sequence[int], slots: Sequence[Slot]) -> Iterator[Block]:
+    """The blocks that hold the chunks, in stored order, each once: small chunks share one, and two chunks may be the same bytes."""
+    waiting: dict[int, Block] = {}  # by raw offset: the blocks of the last chunk
+    end = 0  # of them
+    for number in wanted:
+        tensor, chunk, start, placing = slots[number]
+        if chunk.raw_offset >= end:
+            yield from (block for block in waiting.values() if block.pieces)
+            waiting = {}
+        elif chunk.raw_offset + chunk.raw_bytes <= end and len(waiting) == 1:  # 20,000 small ones share a few blocks
+            (block,) = waiting.values()
+            _add(block, number, chunk, start, placing)
+            continue
+        for stored in finder.blocks(tensor, chunk):
+            block = waiting.setdefault(stored.raw_offset, Block(stored))
+            _add(block, number, chunk, start, placing)
+            end = max(end, stored.raw_offset + stored.raw_bytes)
+    yield from (block for block in waiting.values() if block.pieces)
 
 
-def _plain(chunks: Sequence[_Wanted], slots: Sequence[Slot]) -> Iterator[Block]:
-    """Blocks of a shard that is stored as it is."""
-    for _, chunk, number in chunks:
-        for done in range(0, chunk.raw_bytes, REQUEST_BYTES):
-            size = min(REQUEST_BYTES, chunk.raw_bytes - done)
-            piece = (0, number, slots[number].start + done, size)
-            start = chunk.raw_offset + done
-            yield Block(start, size, 0, start, (size,), size, [piece])
+def _add(block: Block, slot: int, chunk: IndexedChunk, start: int, placing: Placing | None) -> None:
+    """The piece of the chunk that this block holds, if anybody wants it."""
+    begin = max(chunk.raw_offset, block.stored.raw_offset)
+    stop = min(chunk.raw_offset + chunk.raw_bytes, block.stored.raw_offset + block.stored.raw_bytes)
+    inside = begin - chunk.raw_offset
+    if placing is not None and not placing.touches(inside, stop - begin):
+        return
+    where = -1 if placing is not None else start + inside
+    piece = Piece(begin - block.stored.raw_offset, stop - begin, slot, inside // BLOCK_BYTES, where)
+    block.pieces.append(piece)
 
 
 def _as_stored(block: Block) -> bool:
-    return block.plane_bytes == 0 and block.whole
+    return not block.stored.frames and block.whole
 
 
 def _follows(before: Block, block: Block) -> bool:
     """Is it the next one, in the object and in the target?"""
     return (
-        before.stored_offset + before.stored_bytes == block.stored_offset
-        and before.pieces[0][2] + before.raw_bytes == block.pieces[0][2]
+        before.stored.stored_offset + before.stored.stored_bytes == block.stored.stored_offset
+        and before.pieces[0].start + before.stored.raw_bytes == block.pieces[0].start
     )
 
 
@@ -214,17 +222,18 @@ def _merge(key: str, blocks: Iterable[Block]) -> Iterator[Request]:
     large = False  # waits one that is read alone, unless others join its run?
     direct = False  # are all that wait one run, read straight into the target?
     for block in blocks:
-        far = block.stored_offset - end > GAP_BYTES or block.stored_offset + block.stored_bytes - start > REQUEST_BYTES
-        is_large = block.plane_bytes == 0 and block.stored_bytes >= _DIRECT_BYTES
+        offset, stop = block.stored.stored_offset, block.stored.stored_offset + block.stored.stored_bytes
+        far = offset - end > GAP_BYTES or stop - start > REQUEST_BYTES
+        is_large = not block.stored.frames and block.stored.stored_bytes >= _DIRECT_BYTES
         goes_on = direct and _as_stored(block) and _follows(waiting[-1], block)
         if waiting and (far or ((is_large or large) and not goes_on)):
             yield Request(key, start, end - start, tuple(waiting))
             waiting = []
         if not waiting:
-            start, large, direct = block.stored_offset, False, True
+            start, large, direct = offset, False, True
             goes_on = _as_stored(block)
         waiting.append(block)
         large, direct = large or is_large, direct and goes_on
-        end = block.stored_offset + block.stored_bytes
+        end = stop
     if waiting:
         yield Request(key, start, end - start, tuple(waiting))

@@ -2,13 +2,14 @@
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from asyncckpt import errors, events
 from asyncckpt.engine.catalog import find_checkpoints, read_record
 from asyncckpt.format import keys
+from asyncckpt.format.record import Record
 from asyncckpt.options import Best, StepChoice
 from asyncckpt.store.base import Store
 
@@ -18,19 +19,22 @@ Result = TypeVar("Result")
 
 
 def first_good(
-    store: Store, choice: StepChoice, hooks: events.Hooks, read: Callable[[int], Result]
-) -> tuple[Result, tuple[int, ...]] | None:
-    """What `read` returns for the chosen step, and the damaged steps passed over. None: nothing to choose from.
+    store: Store, choice: StepChoice, hooks: events.Hooks, read: Callable[[Record], Result]
+) -> tuple[Result, Mapping[int, errors.CheckpointError]] | None:
+    """What `read` returns for the chosen step, and the damaged steps passed over with their errors. None: nothing to choose from.
 
-    Only damage falls back, and only if it is there twice: a bit may also flip on its way. A mismatch of the state or a failure of the store is raised at once. When every checkpoint is
-    damaged, the first choice's error is raised.
+    Only damage falls back, and it is damage only where other readings gave the same (see `rereading`). A checkpoint of a newer asyncckpt is
+    raised, also where it is the latest, and so are a mismatch of the state and a failure of the store. When every checkpoint is damaged, the
+    first choice's error is raised.
     """
     damaged: dict[int, errors.CheckpointError] = {}
     gone: errors.CheckpointError | None = None
     for _ in range(_RESOLVES):
         for step in _candidates(store, choice, damaged, hooks):
             try:
-                return _read_again(store, step, read), _to_mark(damaged)
+                record = read_record(store, step)
+                with reading(store, step, record.attempt):
+                    return read(record), damaged
             except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
                 if isinstance(choice, int):
                     raise
@@ -48,41 +52,27 @@ def first_good(
     return None
 
 
-def _read_again(store: Store, step: int, read: Callable[[int], Result]) -> Result:
-    """What does not fit its digest is read once more: the step is not given up, or set aside for good, for a fault on the way."""
-    try:
-        with reading(store, step):
-            return read(step)
-    except errors.MissingShardError:
-        raise
-    except errors.CorruptCheckpointError as error:
-        first = error
-        _forget_locals(error)
-    try:
-        with reading(store, step):
-            return read(step)
-    except errors.CorruptCheckpointError as error:
-        if error.overwritten or not first.overwritten:
-            raise
-        _forget_locals(error)
-        raise first from None  # or nobody is told that the state is partly overwritten
-    finally:
-        del first  # its traceback leads here
-
-
 @contextmanager
-def reading(store: Store, step: int) -> Iterator[None]:
-    """Errors inside name the step. An object that is missing because retention took the checkpoint is no damage."""
+def reading(store: Store, step: int, attempt: str | None = None) -> Iterator[None]:
+    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage."""
     try:
         yield
     except errors.MissingShardError as error:
-        if store.head(keys.record_key(step)) is None:
+        if not _stands(store, step, attempt):
             raise errors.CheckpointNotFoundError("the checkpoint was removed while it was read", step=step) from error
-        error.at(step=step)
+        error.at(step=step, attempt=attempt)
         raise
     except errors.CheckpointError as error:
-        error.at(step=step)
+        error.at(step=step, attempt=attempt)
         raise
+
+
+def _stands(store: Store, step: int, attempt: str | None) -> bool:
+    """Whether the record is there, unchanged."""
+    try:
+        return read_record(store, step).attempt == attempt or attempt is None
+    except errors.CheckpointNotFoundError:
+        return False
 
 
 def check_choice(choice: StepChoice) -> None:
@@ -97,33 +87,41 @@ def check_choice(choice: StepChoice) -> None:
 
 def _candidates(
     store: Store, choice: StepChoice, damaged: dict[int, errors.CheckpointError], hooks: events.Hooks
-) -> list[int]:
-    """Steps to try, best first, without the damaged ones."""
+) -> Iterator[int]:
+    """Steps to try, best first, without the damaged ones; marked ones last.
+
+    `Best` takes the best of those that can be read. A damaged record does not compete: nobody could restore it. A newer one is raised: its
+    metrics are unknown here, so which is best is too, and to choose among the rest would hand on another checkpoint than a current
+    asyncckpt does, in silence.
+    """
     check_choice(choice)
     if isinstance(choice, int):
-        return [choice]
+        yield choice
+        return
     found = find_checkpoints(store)
-    # marked ones are tried where nothing else is left: a run that has only damaged checkpoints must not start anew in silence
-    steps = [step for step in reversed(found.good or found.marked) if step not in damaged]
-    if not isinstance(choice, Best):
-        return steps
+    for steps in (found.good, found.marked):  # a run that has only damaged checkpoints must not start anew in silence
+        left = [step for step in reversed(steps) if step not in damaged]
+        yield from _ranked(store, choice, left, damaged, hooks) if isinstance(choice, Best) else left
+
+
+def _ranked(
+    store: Store, choice: Best, steps: Sequence[int], damaged: dict[int, errors.CheckpointError], hooks: events.Hooks
+) -> list[int]:
     ranked = []
     for step in steps:
         try:
             rank = choice.rank(read_record(store, step).metrics)
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
             _pass_over(step, error, damaged, hooks)
+        except errors.FormatVersionError as error:
+            error.message += f"; until then, choose a step by its number: {choice} cannot rank this one"
+            raise
         except errors.CheckpointNotFoundError:
             continue
         else:
             if rank is not None:
                 ranked.append((rank, -step))
     return [-step for _, step in sorted(ranked)]
-
-
-def _to_mark(damaged: Mapping[int, errors.CheckpointError]) -> tuple[int, ...]:
-    """A newer format is passed over, but is no damage: a Saver must never set it aside."""
-    return tuple(step for step, error in damaged.items() if not isinstance(error, errors.FormatVersionError))
 
 
 def _pass_over(

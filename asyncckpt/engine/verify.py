@@ -1,14 +1,17 @@
 """Reading everything that a checkpoint stores, to find damage before a restore does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from asyncckpt import errors
+from asyncckpt.checkpoints import rereading
+from asyncckpt.checkpoints.rereading import Wrong
 from asyncckpt.engine.fetch import fetch
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import decompress
 from asyncckpt.format.index import Index
-from asyncckpt.format.shard import MAX_HEADER_BYTES, HeaderTensor, parse_header
+from asyncckpt.format.limits import HEADER_BYTES
+from asyncckpt.format.shard import HeaderTensor, parse_header
 from asyncckpt.format.stored import IndexedShard
 from asyncckpt.store.base import Store
 
@@ -16,68 +19,96 @@ BATCH_BYTES = 2**30
 """Plain bytes in memory at a time; one larger tensor stands alone."""
 _LENGTH_BYTES = 8
 
+Described = tuple[str, HeaderTensor]
+"""A name in a shard's header, and what stands there of it."""
 
-def verify_objects(store: Store, index: Index) -> None:
-    """Sizes and headers of all shards, then every tensor's bytes. Raises the precise error with the object's key."""
-    names = _names(index)
+
+def verify_objects(store: Store, index: Index, folder: str) -> None:
+    """Sizes and headers of all shards, then every tensor's bytes. Raises the precise error with the object's key.
+
+    `folder`: the record's own. A shard there holds what the index names and nothing else; one of another folder may hold more.
+    """
+    named = _named(index)
     for number, shard in enumerate(index.shards):
-        try:
-            _check_size(store, shard)
-            header = _header(store, shard)
-        except errors.CheckpointError as error:
-            error.at(key=shard.key)
-            raise
-        if digest(header) != shard.header_digest:
-            raise errors.DigestMismatchError("the shard's header differs from its digest", key=shard.key)
+        header = _read_header(store, shard)
         try:
             described = parse_header(header, shard.raw_bytes)
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
             raise errors.CorruptCheckpointError(f"the shard's header is damaged: {error}", key=shard.key) from error
-        if described != names.get(number, {}):
+        if not _agree(described, named.get(number, set()), own=shard.key.startswith(folder)):
             raise errors.CorruptCheckpointError("the shard's header and the index differ", key=shard.key)
     for paths in _batches(index):
         fetch(store, index, paths)
 
 
-def _check_size(store: Store, shard: IndexedShard) -> None:
+def _read_header(store: Store, shard: IndexedShard) -> bytes:
+    """The header of a shard that has the size that the index states, verified."""
+
+    def size(place: Store) -> Wrong | None:
+        return _look_at_size(place, shard)
+
+    def header(place: Store) -> bytes | Wrong:
+        return _look_at_header(place, shard)
+
+    rereading.certain(store, shard.key, size)
+    return rereading.certain(store, shard.key, header)
+
+
+def _look_at_size(store: Store, shard: IndexedShard) -> Wrong | None:
     entry = store.head(shard.key)
     if entry is None:
-        raise errors.MissingShardError("an object that the index names is gone")
-    if entry.stored_bytes != shard.stored_bytes:
-        raise errors.CorruptCheckpointError(
-            f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
-        )
+        return rereading.missing(shard.key)
+    if entry.stored_bytes == shard.stored_bytes:
+        return None
+    text = f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
+    return rereading.wrong_size(errors.CorruptCheckpointError(text), shard.stored_bytes.__eq__)
 
 
-def _header(store: Store, shard: IndexedShard) -> bytes:
-    if shard.frames:
-        _, raw_bytes, start, stored_bytes = shard.frames[0]
-        if raw_bytes > MAX_HEADER_BYTES or stored_bytes > MAX_HEADER_BYTES:
-            raise errors.ResourceLimitError(f"a header of {raw_bytes} bytes")
-        data = bytearray(stored_bytes)
-        store.get_into(shard.key, start, memoryview(data))
-        return decompress(data, raw_bytes)
-    length = bytearray(_LENGTH_BYTES)
-    store.get_into(shard.key, 0, memoryview(length))
-    size = _LENGTH_BYTES + int.from_bytes(length, "little")
-    if size > min(MAX_HEADER_BYTES, shard.raw_bytes):
-        raise errors.CorruptCheckpointError(f"a header of {size} bytes in a shard of {shard.raw_bytes}")
-    data = bytearray(size)
-    store.get_into(shard.key, 0, memoryview(data))
-    return bytes(data)
+def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
+    data = bytearray(int(shard.frames.stored[1]) if len(shard.frames) else _LENGTH_BYTES)
+    if wrong := rereading.read_into(store, shard.key, 0, memoryview(data)):
+        return wrong
+    try:
+        if len(shard.frames):
+            header = decompress(data, int(shard.frames.raw[1]))
+        else:
+            size = _LENGTH_BYTES + int.from_bytes(data, "little")
+            if size > min(HEADER_BYTES, shard.raw_bytes):
+                raise errors.CorruptCheckpointError(f"a header of {size} bytes in a shard of {shard.raw_bytes}")
+            data = bytearray(size)
+            if wrong := rereading.read_into(store, shard.key, 0, memoryview(data)):
+                return wrong
+            header = bytes(data)
+        if digest(header) != shard.header_digest:
+            raise rereading.mismatch("the shard's header", digest(header), shard.header_digest.hex())
+    except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+        return rereading.refused(error, 0, len(data), digest(data))
+    return header
 
 
-def _names(index: Index) -> dict[int, dict[str, HeaderTensor]]:
-    """What each shard's header must describe."""
-    names: dict[int, dict[str, HeaderTensor]] = {}
+def _named(index: Index) -> dict[int, set[Described]]:
+    """What the index names in each shard, as the shard's header may describe it."""
+    named: dict[int, set[Described]] = {}
     for tensor in index.tensors.values():
         kind = DTYPES[tensor.dtype].safetensors if tensor.layout == "plain" else None
         for number, chunk in enumerate(tensor.chunks):
             name = f"{tensor.name}@{number}" if len(tensor.chunks) > 1 else tensor.name
             shape = (chunk.raw_bytes,) if kind is None else chunk.sizes
             entry = HeaderTensor(kind or "U8", shape, chunk.raw_offset, chunk.raw_bytes)
-            names.setdefault(chunk.shard, {})[name] = entry
-    return names
+            named.setdefault(chunk.shard, set()).add((name, entry))
+    return named
+
+
+def _agree(described: Mapping[str, HeaderTensor], named: set[Described], *, own: bool) -> bool:
+    """Whether a header describes the ranges that the index names; where chunks name the same bytes it has one of their names."""
+    ranges = {_range(tensor) for tensor in described.values()}
+    if not all(_range(tensor) in ranges for _, tensor in named):
+        return False
+    return not own or described.items() <= named
+
+
+def _range(tensor: HeaderTensor) -> tuple[int, int]:
+    return tensor.raw_offset, tensor.raw_bytes
 
 
 def _batches(index: Index) -> Iterator[list[str]]:

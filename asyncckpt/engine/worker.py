@@ -105,7 +105,7 @@ class TaskRunner:
         def work() -> dict[str, Any]:
             builder = self._planned(job)
             layout = builder.plan
-            digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.chunk_count])
+            digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.piece_count])
             outcome = commit.commit(
                 self._store, job, builder, receipts=receipts, digests=digests, state=state, again=again
             )

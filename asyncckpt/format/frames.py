@@ -14,7 +14,7 @@ import zstandard
 
 from asyncckpt.errors import CorruptCheckpointError, ResourceLimitError
 from asyncckpt.format import planes
-from asyncckpt.format.digest import DIGEST_BYTES, Buffer, Hasher, digest
+from asyncckpt.format.digest import DIGEST_BYTES, Buffer, digest
 from asyncckpt.format.plan import BLOCK_BYTES, Block, Chunk, ShardPlan, StoredCodec
 
 MAX_WINDOW_BYTES = 128 * 2**20
@@ -42,12 +42,11 @@ _BORROW_BYTES = 64 * 2**10  # codec none: pieces from this size on are sent from
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Bytes to store, in order. `raw_offset`, `raw_bytes`: what they hold of the safetensors stream.
+    """Bytes to store, in order. `raw_bytes`: how much of the safetensors stream they hold.
 
     `data` may be a view of the arena (codec none).
     """
 
-    raw_offset: int
     raw_bytes: int
     data: Buffer
 
@@ -118,46 +117,41 @@ def encoder(codec: StoredCodec) -> Encoder:
 def encode_shard(
     shard: ShardPlan, arena: memoryview, codec: StoredCodec, digests: memoryview | None
 ) -> Iterator[Frame]:
-    """The shard's frames, header first. The digest of each chunk's plain bytes is written to the table `digests`.
+    """The shard's frames, header first. The digest of each piece of a chunk's plain bytes is written to the table `digests`.
 
     All frames must be taken by the thread that took the first.
     """
     encode = encoder(codec)
-    yield Frame(0, len(shard.header), encode.encode_header(shard.header))
-    hasher = Hasher()
-    for chunk in shard.chunks:
-        if not chunk.raw_bytes:
-            _write_digest(digests, chunk, digest())
+    yield Frame(len(shard.header), encode.encode_header(shard.header))
+    if digests is not None:
+        for chunk in shard.chunks:
+            if not chunk.raw_bytes:
+                _write_digest(digests, chunk.first_piece, digest())
     for block in shard.blocks:
         if digests is not None:
-            hasher = _digest_block(block, shard.chunks, arena, digests, hasher)
-        raw_offset = block.raw_offset
+            _digest_block(block, shard.chunks, arena, digests)
         for data, raw_bytes in zip(*encode.encode_block(block, arena), strict=True):
-            yield Frame(raw_offset, raw_bytes, data)
-            raw_offset += raw_bytes
+            yield Frame(raw_bytes, data)
 
 
-def _digest_block(
-    block: Block, chunks: Sequence[Chunk], arena: memoryview, digests: memoryview, hasher: Hasher
-) -> Hasher:
-    large = chunks[block.chunks.start]
-    if block.raw_bytes < large.raw_bytes:  # a part of one large chunk
+def _digest_block(block: Block, chunks: Sequence[Chunk], arena: memoryview, digests: memoryview) -> None:
+    """A block holds one piece of a large chunk, or small chunks of one piece each."""
+    first = chunks[block.chunks.start]
+    if block.raw_bytes < first.raw_bytes:
         offset, size = block.pieces[0]
-        hasher.update(arena[offset : offset + size])
-        if block.raw_offset + block.raw_bytes < large.raw_offset + large.raw_bytes:
-            return hasher
-        _write_digest(digests, large, hasher.digest())
-        return Hasher()
+        piece = first.first_piece + (block.raw_offset - first.raw_offset) // BLOCK_BYTES
+        _write_digest(digests, piece, digest(arena[offset : offset + size]))
+        return
     for position in block.chunks:
         chunk = chunks[position]
-        _write_digest(digests, chunk, digest(arena[chunk.arena_offset : chunk.arena_offset + chunk.raw_bytes]))
-    return hasher
+        if chunk.raw_bytes:
+            data = arena[chunk.arena_offset : chunk.arena_offset + chunk.raw_bytes]
+            _write_digest(digests, chunk.first_piece, digest(data))
 
 
-def _write_digest(digests: memoryview | None, chunk: Chunk, value: bytes) -> None:
-    if digests is not None:
-        start = chunk.number * DIGEST_BYTES
-        digests[start : start + DIGEST_BYTES] = value
+def _write_digest(digests: memoryview, piece: int, value: bytes) -> None:
+    start = piece * DIGEST_BYTES
+    digests[start : start + DIGEST_BYTES] = value
 
 
 def stored_frame(data: memoryview) -> bytes:

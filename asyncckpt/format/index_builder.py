@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from asyncckpt.format import keys, strict_json
 from asyncckpt.format.digest import DIGEST_BYTES, hexdigest
 from asyncckpt.format.plan import Plan
-from asyncckpt.format.stored import Row
 
 __all__ = ["IndexBuilder"]
 
@@ -28,7 +27,7 @@ class Receipt(Protocol):
     @property
     def stored_bytes(self) -> int: ...
     @property
-    def frames(self) -> tuple[Row, ...]: ...
+    def frames(self) -> Sequence[tuple[int, int]]: ...
 
 
 class IndexBuilder:
@@ -42,12 +41,12 @@ class IndexBuilder:
 
     def build(self, receipts: Sequence[Receipt], digests: bytes, folder: str) -> bytes:
         """The index as JSON. `digests`: the arena's table; `folder`: where this attempt put its objects."""
-        if len(digests) < self.plan.chunk_count * DIGEST_BYTES:
-            raise ValueError(f"{len(digests)} bytes of digests for {self.plan.chunk_count} chunks")
+        if len(digests) < self.plan.piece_count * DIGEST_BYTES:
+            raise ValueError(f"{len(digests)} bytes of digests for {self.plan.piece_count} pieces")
         shards = _dumps(_shard_rows(self.plan, receipts, folder))
         digits = digests.hex()
-        texts, numbers = self._rows
-        between = (digits[_DIGITS * number : _DIGITS * (number + 1)] for number in numbers)
+        texts, places = self._rows
+        between = (digits[start:end] for start, end in places)
         tensors = "".join(chain.from_iterable(zip(texts, between, strict=False)))  # one more text than digests
         return f'{self._head[:-1]},"shards":{shards},"tensors":[\n{tensors}{texts[-1]}\n]}}'.encode("ascii")
 
@@ -58,28 +57,36 @@ class IndexBuilder:
             {"key": None if group.key is None else keys.escape(group.key), "slug": group.slug}
             for group in structure.groups
         ]
-        head = {"format": strict_json.FORMAT, "codec": self.plan.codec, "groups": groups, "aliases": structure.aliases}
+        head: dict[str, Any] = {
+            "format": strict_json.FORMAT,
+            "codec": self.plan.codec,
+            "groups": groups,
+            "aliases": structure.aliases,
+        }
+        if structure.parameters:
+            head["parameters"] = {path: list(names) for path, names in structure.parameters.items()}
         return _dumps(head | {"tree": structure.tree})
 
     @cached_property
-    def _rows(self) -> tuple[list[str], list[int]]:
-        """The rows of all tensors, cut where each digest goes, and the numbers of the chunks whose digests they are."""
+    def _rows(self) -> tuple[list[str], list[tuple[int, int]]]:
+        """The rows of all tensors, cut where the digests of each chunk go, and where these stand among the digits of all."""
         # one line per tensor; formatted by hand: half the time of json.dumps, and 100,000 tensors are many
-        chunks: list[list[tuple[int, str]]] = [[] for _ in self.plan.structure.tensors]
+        chunks: list[list[tuple[tuple[int, int], str]]] = [[] for _ in self.plan.structure.tensors]
         for shard in self.plan.shards:
             for chunk in shard.chunks:
                 row = f'[{list(chunk.offsets)},{list(chunk.sizes)},{shard.number},{chunk.raw_offset},"'
-                chunks[chunk.tensor].append((chunk.number, row))
+                place = (_DIGITS * chunk.first_piece, _DIGITS * (chunk.first_piece + chunk.pieces))
+                chunks[chunk.tensor].append((place, row))
         quoted = json.encoder.encode_basestring_ascii
-        texts, numbers, text = [], [], ""
+        texts, places, text = [], [], ""
         for spec, layout, rows in zip(self.plan.structure.tensors, self.plan.layouts, chunks, strict=True):
             text += f'[{spec.group},{quoted(spec.name)},"{spec.dtype}",{list(spec.shape)},"{layout}",['
-            for number, row in rows:
+            for place, row in rows:
                 texts.append(text + row)
-                numbers.append(number)
+                places.append(place)
                 text = '"],'
             text = text.removesuffix(",") + "]],\n"
-        return [*texts, text.removesuffix(",\n")], numbers
+        return [*texts, text.removesuffix(",\n")], places
 
 
 def _shard_rows(plan: Plan, receipts: Sequence[Receipt], folder: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from asyncckpt.errors import UnsafeCheckpointError, UnsupportedObjectError
+from asyncckpt.format import limits
 
 Key = str | int
 
@@ -13,10 +14,10 @@ _ESCAPES = {"%": "%25", "/": "%2F", "@": "%40"}
 _SPECIAL = re.compile("[%/@]")
 _UNESCAPES = {"25": "%", "2F": "/", "40": "@", "23": "#", "5F": "_"}
 _ESCAPED = re.compile("%(25|2F|40|23|5F)")
-_INTEGER = re.compile(r"#(0|-?[1-9][0-9]{0,4000})")
+_INTEGER = re.compile(r"#(0|-?[1-9][0-9]{0,18})")
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,127}"
-_STEP = r"step-([0-9]{10}|[1-9][0-9]{10,17})"
+_STEP = r"step-([0-9]{10}|[1-9][0-9]{10,15})"
 _RECORD = re.compile(rf"{_STEP}\.json")
 _DAMAGED = re.compile(rf"{_STEP}\.damaged")
 _FOLDER = re.compile(rf"{_STEP}/(?:{_NAME}/)?(?:{_NAME})?")
@@ -28,6 +29,10 @@ _SLUG_CHARACTERS = 64
 def escape(key: Key) -> str:
     """One key as a part of a path. Injective: `unescape` gives the key back, type and all."""
     if type(key) is int:
+        if not -limits.KEY_INT <= key < limits.KEY_INT:
+            raise UnsupportedObjectError(
+                f"an integer key of {key.bit_length()} bits cannot be stored, only -2^63 to 2^63-1; use a string"
+            )
         return f"#{key}"
     if type(key) is not str:
         raise UnsupportedObjectError(
@@ -49,9 +54,10 @@ def escape(key: Key) -> str:
 def unescape(part: str) -> Key:
     """Mirror of `escape`; `ValueError` for a part that no key escapes to."""
     if part[:1] == "#":
-        if not _INTEGER.fullmatch(part):
+        number = int(part[1:]) if _INTEGER.fullmatch(part) else limits.KEY_INT
+        if not -limits.KEY_INT <= number < limits.KEY_INT:
             raise ValueError(f"not a key: {part[:100]!r}")
-        return int(part[1:])
+        return number
     key = _ESCAPED.sub(lambda match: _UNESCAPES[match[1]], part) if "%" in part else part
     if escape(key) != part:
         raise ValueError(f"not a key: {part[:100]!r}")
@@ -132,11 +138,12 @@ def check_folder(key: str) -> str:
 
 
 def _checked(step: int) -> int:
-    if not 0 <= step < 10**18:
-        raise ValueError(f"a step is a number from 0 to 10^18, not {step}")
+    if not 0 <= step <= limits.STEP:
+        raise ValueError(f"a step is a number from 0 to 2^53, not {step}")
     return step
 
 
 def _step(pattern: re.Pattern[str], key: str) -> int | None:
     match = pattern.fullmatch(key)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else limits.STEP + 1
+    return step if step <= limits.STEP else None

@@ -20,12 +20,16 @@ RANK = 64
 
 INDEX_BYTES = 2**30
 """Of an index's text."""
+INDEX_VALUES = 40_000_000
+"""As `RECORD_VALUES`, of an index."""
 INDEX_BASE_BYTES = 4 * 2**20
 INDEX_RATIO = 64
 """An index's text has at most `INDEX_BASE_BYTES` and so many times its stored bytes: honest ones 4.2 times, one of zeros alone 27."""
 
 HEADER_BYTES = 100_000_000
 """Of a safetensors header: what the safetensors library accepts."""
+HEADER_VALUES = 20_000_000
+"""As `RECORD_VALUES`, of a header."""
 STATE_BYTES = 2 * 2**30
 """Of all `state.pt` files of a checkpoint together."""
 BLOCK_BYTES = 4 * 2**20

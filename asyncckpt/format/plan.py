@@ -14,18 +14,28 @@ from typing import Literal
 from asyncckpt.errors import UnsupportedTensorError
 from asyncckpt.format.digest import DIGEST_BYTES
 from asyncckpt.format.dtypes import DTYPES, DType
-from asyncckpt.format.shard import MAX_RANK, build_header, header_entry
+from asyncckpt.format.limits import BLOCK_BYTES, RANK
+from asyncckpt.format.shard import build_header, header_entry
 from asyncckpt.format.structure import Group, Structure, TensorSpec
 from asyncckpt.options import StoredCodec
 
-__all__ = ["Block", "Chunk", "Group", "Plan", "ShardPlan", "StoredCodec", "Structure", "TensorSpec", "plan"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Block",
+    "Chunk",
+    "Group",
+    "Plan",
+    "ShardPlan",
+    "StoredCodec",
+    "Structure",
+    "TensorSpec",
+    "plan",
+]
 
 Layout = Literal["planes", "plain"]
 
-BLOCK_BYTES = 4 * 2**20
-"""A large chunk is cut in blocks of this size, the last one smaller; a multiple of 8 elements of every type."""
 LARGE_BYTES = 64 * 2**10
-"""A chunk of this size or more has blocks of its own."""
+"""A chunk of this size or more has blocks of its own, of `BLOCK_BYTES` each, the last one smaller: no element is cut."""
 ALIGN_BYTES = 64
 SHARD_BYTES = range(16 * 2**20, 256 * 2**20)
 UNCUT_BYTES = 5 * 2**30  # codec none: as much as one put of S3 takes
@@ -37,12 +47,12 @@ MAX_HEADER_BYTES = 16 * 2**20  # safetensors reads at most 100 MB
 class Chunk:
     """A tensor, or a part of one along its first dimension longer than one, in one shard.
 
-    `number`: among all chunks of the plan; its digest stands in the arena at `digests_offset + 32 * number`. `name`: in the
-    safetensors header, `name@k` if the tensor is cut. `raw_offset`: from byte 0 of the safetensors stream. `plane_bytes`:
-    the element size in layout `planes`, else 1.
+    `first_piece`: the number of its first piece among all pieces of the plan; the digest of piece n stands in the arena at
+    `digests_offset + 32 * n`. `name`: in the safetensors header, `name@k` if the tensor is cut. `raw_offset`: from byte 0 of the
+    safetensors stream. `plane_bytes`: the element size in layout `planes`, else 1.
     """
 
-    number: int
+    first_piece: int
     tensor: int
     name: str
     offsets: tuple[int, ...]
@@ -51,6 +61,11 @@ class Chunk:
     raw_offset: int
     raw_bytes: int
     plane_bytes: int
+
+    @property
+    def pieces(self) -> int:
+        """How many digests it has."""
+        return piece_count(self.raw_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +103,7 @@ class ShardPlan:
 class Plan:
     """Where everything is. `tensor_offsets`: of each tensor in the arena, where it stands whole.
 
-    `data_bytes`: of all tensors. `digests_offset`: of the table with one digest per chunk, behind the tensors.
+    `data_bytes`: of all tensors. `digests_offset`: of the table with one digest per piece, behind the tensors.
     """
 
     structure: Structure
@@ -97,9 +112,14 @@ class Plan:
     tensor_offsets: tuple[int, ...]
     layouts: tuple[Layout, ...]
     data_bytes: int
-    chunk_count: int
+    piece_count: int
     digests_offset: int
     arena_bytes: int
+
+
+def piece_count(raw_bytes: int) -> int:
+    """Digests of a chunk of so many bytes: one for every `BLOCK_BYTES`, and one for a chunk without bytes."""
+    return max(1, -(-raw_bytes // BLOCK_BYTES))
 
 
 def plan(structure: Structure, *, codec: StoredCodec = "planes", shard_bytes: int | None = None) -> Plan:
@@ -122,9 +142,9 @@ def plan(structure: Structure, *, codec: StoredCodec = "planes", shard_bytes: in
         tensor_offsets=tuple(layout.tensor_offsets),
         layouts=tuple(layout.layouts),
         data_bytes=data_bytes,
-        chunk_count=layout.chunk_count,
+        piece_count=layout.piece_count,
         digests_offset=digests_offset,
-        arena_bytes=_align(max(digests_offset + DIGEST_BYTES * layout.chunk_count, 1), mmap.PAGESIZE),
+        arena_bytes=_align(max(digests_offset + DIGEST_BYTES * layout.piece_count, 1), mmap.PAGESIZE),
     )
 
 
@@ -153,7 +173,7 @@ class _Layout:
         self.tensor_offsets = [0] * len(structure.tensors)
         self.layouts: list[Layout] = ["plain"] * len(structure.tensors)
         self.arena_bytes = 0
-        self.chunk_count = 0
+        self.piece_count = 0
 
     def add_group(self, group: int, shards: Sequence[list[_Part]]) -> None:
         slug = self.structure.groups[group].slug
@@ -167,17 +187,17 @@ class _Layout:
         raw_offset = len(header)
         arena = self.arena_bytes
         chunks = []
-        for number, part in enumerate(parts, self.chunk_count):
+        for part in parts:
             if part.first:
                 self.tensor_offsets[part.tensor] = arena = _align(arena, ALIGN_BYTES)
                 if part.plane_bytes > 1:
                     self.layouts[part.tensor] = "planes"
             where = (part.offsets, part.sizes, arena, raw_offset)
-            chunks.append(Chunk(number, part.tensor, part.name, *where, part.raw_bytes, part.plane_bytes))
+            chunks.append(Chunk(self.piece_count, part.tensor, part.name, *where, part.raw_bytes, part.plane_bytes))
             arena += part.raw_bytes
             raw_offset += part.raw_bytes
+            self.piece_count += piece_count(part.raw_bytes)
         self.arena_bytes = arena
-        self.chunk_count += len(chunks)
         self.shards.append(ShardPlan(len(self.shards), group, name, header, tuple(chunks), raw_offset))
 
 
@@ -196,8 +216,8 @@ def _tensor_bytes(structure: Structure, position: int) -> int:
     spec = structure.tensors[position]
     if spec.dtype not in DTYPES:
         raise UnsupportedTensorError(f"tensors of {spec.dtype} cannot be stored", key=structure.path(position))
-    if len(spec.shape) > MAX_RANK:
-        raise UnsupportedTensorError(f"more than {MAX_RANK} dimensions cannot be stored", key=structure.path(position))
+    if len(spec.shape) > RANK:
+        raise UnsupportedTensorError(f"more than {RANK} dimensions cannot be stored", key=structure.path(position))
     return math.prod(spec.shape) * DTYPES[spec.dtype].element_bytes
 
 

@@ -11,12 +11,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from asyncckpt.errors import CorruptCheckpointError, ResourceLimitError
-from asyncckpt.format import strict_json
-
-MAX_RANK = 64
-MAX_TENSORS = 1_000_000
-MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors library accepts; we write far less."""
+from asyncckpt.format import limits, strict_json
 
 METADATA = '"__metadata__":{"format":"pt","asyncckpt":"1"}'
 """`format` is what the transformers library asks of a file that PyTorch wrote."""
@@ -61,18 +56,18 @@ def parse_header(header: bytes | memoryview, raw_bytes: int) -> dict[str, Header
 
     `CorruptCheckpointError` unless sizes fit and the tensors fill the data without holes or overlaps.
     """
-    if len(header) > MAX_HEADER_BYTES:
-        raise ResourceLimitError(f"a safetensors header of {len(header)} bytes is above {MAX_HEADER_BYTES}")
+    if len(header) > limits.HEADER_BYTES:
+        raise ResourceLimitError(f"a safetensors header of {len(header)} bytes is above {limits.HEADER_BYTES}")
     if len(header) < 8 or _LENGTH.unpack_from(header)[0] != len(header) - 8 or len(header) > raw_bytes:
         raise CorruptCheckpointError("a safetensors header whose length is wrong")
     rows = strict_json.parse(
-        bytes(header[8:]), "safetensors header", max_values=20 * MAX_TENSORS, error=CorruptCheckpointError
+        bytes(header[8:]), "safetensors header", max_values=limits.HEADER_VALUES, error=CorruptCheckpointError
     )
     if type(rows) is not dict:
         raise CorruptCheckpointError("a safetensors header that is no object")
     rows.pop("__metadata__", None)
-    if len(rows) > MAX_TENSORS:
-        raise ResourceLimitError(f"a safetensors header with {len(rows)} tensors is above {MAX_TENSORS}")
+    if len(rows) > limits.TENSORS:
+        raise ResourceLimitError(f"a safetensors header with {len(rows)} tensors is above {limits.TENSORS}")
     found = {name: _tensor(name, row, len(header)) for name, row in rows.items()}
     end = len(header)
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].raw_offset, item[1].raw_bytes)):
@@ -88,7 +83,7 @@ def _tensor(name: str, row: Any, data_start: int) -> HeaderTensor:
     if type(row) is not dict or set(row) != {"dtype", "shape", "data_offsets"}:
         raise CorruptCheckpointError("not a safetensors tensor", key=name[:200])
     shape, offsets = row["shape"], row["data_offsets"]
-    if not (_sizes(shape) and len(shape) <= MAX_RANK and _sizes(offsets) and len(offsets) == 2):
+    if not (_sizes(shape) and len(shape) <= limits.RANK and _sizes(offsets) and len(offsets) == 2):
         raise CorruptCheckpointError("a shape or offsets that cannot be", key=name[:200])
     bits = _BITS.get(row["dtype"]) if type(row["dtype"]) is str else None
     if bits is None:

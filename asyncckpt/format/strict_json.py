@@ -5,13 +5,11 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from asyncckpt.errors import CorruptCheckpointError, FormatVersionError, RecordError, ResourceLimitError
+from asyncckpt.errors import CorruptCheckpointError, RecordError, ResourceLimitError
+from asyncckpt.format import limits
 
 FORMAT = 1
 """The version of the format, in every record and index."""
-
-MAX_INT = 2**53
-"""The largest integer of any size, offset or step: what every JSON reader can hold."""
 
 
 class _RefusedError(ValueError):
@@ -34,7 +32,7 @@ def parse(data: bytes, what: str, *, max_values: int, error: type[CorruptCheckpo
         raise error(f"{what} is not valid: {reason}") from cause
 
 
-def check(value: Any, what: str, *, max_depth: int, max_int: int = MAX_INT) -> Any:
+def check(value: Any, what: str, *, max_depth: int, max_int: int = limits.SIZE) -> Any:
     """Return `value`; refuse more levels than `max_depth` and integers beyond `max_int`."""
     todo = [(value, 1)]
     while todo:
@@ -59,14 +57,6 @@ class Fields:
         self._data = data
         self._what = what
 
-    def check_version(self) -> None:
-        """`FormatVersionError` unless this version of the format is known."""
-        version = self.get("format", int)
-        if version != FORMAT:
-            raise FormatVersionError(
-                f"{self._what} has format {version}, this asyncckpt reads {FORMAT}: upgrade asyncckpt"
-            )
-
     def get(self, name: str, kind: type | tuple[type, ...], *, default: Any = ...) -> Any:
         """The field, of exactly this type; True is no integer."""
         value = self._data.get(name, default)
@@ -85,7 +75,7 @@ class Fields:
     def size(self, name: str, *, default: Any = ...) -> Any:
         """A whole number from 0 to 2^53."""
         value = self.get(name, int, default=default)
-        if value is not default and not 0 <= value <= MAX_INT:
+        if value is not default and not 0 <= value <= limits.SIZE:
             raise RecordError(f"{self._what}: {name!r} is {value}")
         return value
 
@@ -96,7 +86,7 @@ class Fields:
 
 def is_size(value: Any) -> bool:
     """Whether this is a whole number from 0 to 2^53."""
-    return type(value) is int and 0 <= value <= MAX_INT
+    return type(value) is int and 0 <= value <= limits.SIZE
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

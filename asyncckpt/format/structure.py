@@ -1,6 +1,7 @@
 """A state without its values: what a plan is made from, and what crosses to the service once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncckpt.format import keys
@@ -32,13 +33,15 @@ class TensorSpec:
 class Structure:
     """`tensors`: each stored once. `aliases`: group, name, and position in `tensors` of the tensor it is tied to.
 
-    `tree`: the containers, as JSON (FORMAT.md, section "Tree").
+    `tree`: the containers, as JSON (FORMAT.md, section "Tree"). `parameters`: path of an optimizer to the path of the parameter at each
+    of its positions, or None where the state does not hold it.
     """
 
     groups: tuple[Group, ...]
     tensors: tuple[TensorSpec, ...]
     aliases: tuple[tuple[int, str, int], ...]
     tree: Any
+    parameters: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
     def path(self, tensor: int) -> str:
         """The full path of a tensor, as users see it."""
@@ -52,6 +55,7 @@ class Structure:
             "tensors": [[spec.group, spec.name, spec.dtype, spec.shape] for spec in self.tensors],
             "aliases": self.aliases,
             "tree": self.tree,
+            "parameters": {path: list(names) for path, names in self.parameters.items()},
         }
 
     @classmethod
@@ -64,4 +68,5 @@ class Structure:
             ),
             aliases=tuple((group, name, tensor) for group, name, tensor in data["aliases"]),
             tree=data["tree"],
+            parameters={path: tuple(names) for path, names in data["parameters"].items()},
         )

@@ -6,8 +6,10 @@ A store belongs to one process: make it after a fork.
 """
 
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -62,6 +64,20 @@ class Version:
     tag: str
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When a reader that got wrong bytes, or nothing, asks again, and how long it goes on before it gives the path up.
+
+    `waits_s`: before the second, the third, ... reading. Nothing is damage before they are over: a path that spoils three of ten answers
+    spoils eight in a row once in 15,000 times. After them the last one repeats until `deadline_s` after the first reading.
+    """
+
+    waits_s: tuple[float, ...] = (0.1, 0.4, 0.5, 1.0, 1.0, 2.0, 4.0)
+    deadline_s: float = 600.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
 class Upload(ABC):
     """One object sent in parts, in any order and in parallel; it exists only after `complete()`."""
 
@@ -88,6 +104,8 @@ class Store(ABC):
     """Whether `put(if_absent=True)` can be relied on: always, only after a probe, or by the user's promise."""
     rereads: bool = False
     """Whether reading a range again costs a copy from memory, and no transfer."""
+    patience: Patience = Patience()
+    """For readings whose answer cannot be right. What the store itself calls transient is `RetryingStore`'s."""
     min_part_bytes: int = 1
     max_put_bytes: int = 5 * 2**30
     max_parts: int = 10_000
@@ -114,6 +132,14 @@ class Store(ABC):
         Fewer bytes there raise `TransientStoreError` when the connection broke and `CorruptCheckpointError` when the
         object itself is shorter.
         """
+
+    @contextmanager
+    def afresh(self) -> Iterator["Store"]:
+        """The same objects, over connections on which nothing was read yet, past caches on the way. A store without either is itself.
+
+        Several threads may each have one. For reading alone.
+        """
+        yield self
 
     @abstractmethod
     def head(self, key: str) -> Entry | None:

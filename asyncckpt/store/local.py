@@ -12,7 +12,18 @@ from pathlib import Path
 
 from asyncckpt.errors import LocalIOError, ObjectChangedError, ObjectNotFoundError, ResourceLimitError, StoreError
 from asyncckpt.store import beneath
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version, byte_views, check_key, is_key
+from asyncckpt.store.base import (
+    Buffers,
+    Entry,
+    Patience,
+    Progress,
+    Store,
+    Upload,
+    Version,
+    byte_views,
+    check_key,
+    is_key,
+)
 from asyncckpt.store.direct import NewFile, gains
 from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
 from asyncckpt.store.records_lock import RecordsLock
@@ -35,6 +46,7 @@ class LocalStore(Store):
     """
 
     rereads = True
+    patience = Patience((0.1, 0.9))  # there is no other connection: the kernel's own copy is what is read again
 
     def __init__(self, root: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
         self._root = Path(root).absolute()

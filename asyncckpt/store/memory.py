@@ -12,13 +12,14 @@ from asyncckpt.errors import (
     ResourceLimitError,
     StoreError,
 )
-from asyncckpt.store.base import Buffers, Entry, Store, Upload, Version, byte_views, check_key, is_key
+from asyncckpt.store.base import Buffers, Entry, Patience, Store, Upload, Version, byte_views, check_key, is_key
 
 
 class MemoryStore(Store):
     """Objects in a dict. `clock`: what stamps them, unix seconds."""
 
     rereads = True
+    patience = Patience((0.0, 0.0), 0.0)  # nothing lies between that could be better a moment later
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

@@ -4,6 +4,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import tenacity
@@ -66,6 +68,8 @@ class RetryingStore(Store):
         self._uniform = uniform or random.Random().uniform  # noqa: S311 - spreads load, guards nothing
         self.conditional_puts = inner.conditional_puts
         self.rereads = inner.rereads
+        deadline_s = self._policy.deadline_s if inner.patience.deadline_s else 0.0
+        self.patience = replace(inner.patience, deadline_s=deadline_s, clock=clock, sleep=sleep)
         self.min_part_bytes = inner.min_part_bytes
         self.max_put_bytes = inner.max_put_bytes
         self.max_parts = inner.max_parts
@@ -82,6 +86,19 @@ class RetryingStore(Store):
 
     def get_into(self, key: str, start: int, target: memoryview) -> None:
         self._try("get_into", key, lambda: self._inner.get_into(key, start, target))
+
+    @contextmanager
+    def afresh(self) -> Iterator[Store]:
+        with self._inner.afresh() as inner:
+            yield RetryingStore(
+                inner,
+                self._policy,
+                clock=self._clock,
+                sleep=self._sleep,
+                progress=self._progress,
+                on_retry=self._on_retry,
+                uniform=self._uniform,
+            )
 
     def head(self, key: str) -> Entry | None:
         return self._try("head", key, lambda: self._inner.head(key))

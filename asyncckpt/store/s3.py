@@ -21,7 +21,7 @@ from asyncckpt.errors import (
 from asyncckpt.options import S3Options
 from asyncckpt.store.base import Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
-from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, signs_payload
+from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
 from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, status_of, translated
 from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
 
@@ -47,7 +47,10 @@ class S3Store(Store):
         *,
         progress: Progress | None = None,
         page_keys: int = 1000,
+        past_caches: bool = False,
     ) -> None:
+        self._past_caches = past_caches
+        self._spares: list[S3Store] = []  # for `afresh`: clients are dear, and a bad path asks for many
         self._page_keys = page_keys
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -118,6 +121,30 @@ class S3Store(Store):
             if first != start or last < end - 1:
                 raise StoreError(f"the store sent {sent!r} when bytes {start}-{end - 1} were asked for", key=key)
             self._receive(key, body, target.cast("B"))
+
+    @contextmanager
+    def afresh(self) -> Iterator[Store]:
+        spare = self._spares.pop() if self._spares else self._twin()
+        try:
+            yield spare
+        finally:
+            spare._hang_up()
+            self._spares.append(spare)
+
+    def _twin(self) -> "S3Store":
+        return S3Store(
+            self._bucket,
+            self._prefix,
+            self._options,
+            progress=self._progress,
+            page_keys=self._page_keys,
+            past_caches=True,
+        )
+
+    def _hang_up(self) -> None:
+        """End the connections and keep the client, which opens others."""
+        if self._made is not None:
+            self._made.close()
 
     def head(self, key: str) -> Entry | None:
         try:
@@ -263,8 +290,11 @@ class S3Store(Store):
     def close(self) -> None:
         with self._lock:
             client, self._made = self._made, None
+            spares, self._spares = self._spares, []
         if client is not None:
             client.close()
+        for spare in spares:
+            spare.close()
 
     def _key(self, key: str) -> str:
         return self._prefix + check_key(key)
@@ -274,6 +304,8 @@ class S3Store(Store):
         with self._lock:
             if self._made is None or self._made is but_not:
                 self._made = make_client(self._options, self._expectation)
+                if self._past_caches:
+                    read_past_caches(self._made)
             return self._made
 
     def _ask(self, operation: str, key: str, **params: Any) -> Any:

@@ -56,17 +56,19 @@ def _unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes
     """What is missing for an answer of S3; empty if nothing is."""
     if status >= 300:
         return _error_unlike_s3(operation, status, headers, body)
-    missing = next((name for name in _HEADERS.get(operation, ()) if not headers.get(name)), None)
     root, element = _ROOTS.get(operation), _ELEMENTS.get(operation)
-    if missing:
-        return f"it has no {missing} header"
+    lacks = next((f"it has no {name} header" for name in _HEADERS.get(operation, ()) if not headers.get(name)), "")
+    if operation in ("PutObject", "UploadPart") and body.strip():
+        lacks = lacks or "a put is answered without a body"
     if operation in ("GetObject", "HeadObject") and headers.get("content-type", "").startswith("text/html"):
-        return "no object of ours is a page"
+        lacks = lacks or "no object of ours is a page"
     if operation in _DELETIONS and status != 204 and "x-amz-request-id" not in headers:
-        return "a deletion is answered by 204"
+        lacks = "a deletion is answered by 204"
     if root and not re.match(_BEFORE_ROOT + root.encode() + rb"[\s/>]", body):
-        return "it is no " + root.removesuffix(r"\w*")
-    return f"it has no {element}" if element and not re.search(rf"<(?:\w+:)?{element}>\s*[^<\s]".encode(), body) else ""
+        lacks = "it is no " + root.removesuffix(r"\w*")
+    elif element and not re.search(rf"<(?:\w+:)?{element}>\s*[^<\s]".encode(), body):
+        lacks = f"it has no {element}"
+    return lacks
 
 
 def _error_unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:

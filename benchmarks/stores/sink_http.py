@@ -1,7 +1,7 @@
 """HTTP of the sink: requests, bodies straight into memory, answers straight out of it, and how fast the bytes of a connection may pass.
 
 One thread serves one connection, with blocking calls: a body is received by a single `recv` into memory of its size, which holds no lock of
-the interpreter. Nothing is hashed, checked or copied twice, so that a benchmark on loopback measures the client.
+the interpreter. No large body is hashed, checked or copied twice, so that a benchmark on loopback measures the client.
 """
 
 import socket

@@ -1,11 +1,16 @@
 """S3's operations on the sink's objects: what a request asks for, and its answer in XML."""
 
+import base64
+import hashlib
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from email.utils import formatdate
 from urllib.parse import quote, unquote
 from xml.etree import ElementTree as ET
 from xml.sax.saxutils import escape
+
+import google_crc32c
 
 from benchmarks.stores.sink_http import Answer, Request
 from benchmarks.stores.sink_objects import Content, Objects, RefusedError
@@ -13,13 +18,23 @@ from benchmarks.stores.sink_objects import Content, Objects, RefusedError
 _Operation = Callable[[Objects, Request, Content], Answer]
 
 
-def answer_to(objects: Objects, request: Request, body: Content) -> Answer:
-    """Do what is asked for. `body`: the request's, decoded."""
+def answer_to(objects: Objects, request: Request, body: Content, *, verifies: Collection[str] = ()) -> Answer:
+    """Do what is asked for. `body`: the request's, decoded. `verifies`: checksums in headers that are held against it; others are ignored."""
     try:
+        _verify(request, body, verifies)
         return _operation(request)(objects, request, body)
     except RefusedError as error:
         text = f"<Error><Code>{error.code}</Code><Message>{error.code}</Message></Error>"
         return _xml(text, error.status, sent=request.method != "HEAD")
+
+
+def _verify(request: Request, body: Content, verifies: Collection[str]) -> None:
+    """Refuse a body that is not what its sender says, as S3 does."""
+    for name in verifies:
+        header, compute = _CHECKSUMS[name]
+        stated = request.headers.get(header)
+        if stated is not None and base64.b64encode(compute(b"".join(body.pieces))).decode() != stated:
+            raise RefusedError(400, "BadDigest")
 
 
 def _operation(request: Request) -> _Operation:
@@ -193,6 +208,12 @@ def _iso(unix_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_s)) + f".{int(unix_s % 1 * 1000):03}Z"
 
 
+_CHECKSUMS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "crc32c": ("x-amz-checksum-crc32c", lambda data: google_crc32c.value(data).to_bytes(4, "big")),
+    "crc32": ("x-amz-checksum-crc32", lambda data: zlib.crc32(data).to_bytes(4, "big")),
+    "md5": ("content-md5", lambda data: hashlib.md5(data).digest()),
+}
+CHECKSUMS = tuple(_CHECKSUMS)
 _OF_BUCKETS: dict[tuple[str, str], _Operation] = {
     ("PUT", ""): _create_bucket,
     ("HEAD", ""): _head_bucket,

@@ -5,7 +5,10 @@
     python -m benchmarks.stores.sink_server --discard                             # bodies above 64 KiB are counted, not kept
     curl http://127.0.0.1:PORT/_stats                                             # requests, bytes, CPU seconds, connections
 
-Left out, for everybody: signatures, MD5 and other checksums, durability. An answer begins `--latency-ms` after the request is complete
+    python -m benchmarks.stores.sink_server --verify md5 --verify-large           # what it holds against a body; crc32c,crc32,md5 by default
+
+Left out, for everybody: signatures, durability, and checksums of bodies above 64 KiB unless `--verify-large` says so: the small ones show
+a client that the store knows a checksum, the large ones would cost the server what is measured in the client. An answer begins `--latency-ms` after the request is complete
 (a `100 Continue` at once), and every connection carries at most `--mb-per-s` in each direction, however many there are. It ends with its
 parent.
 """
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 
 from benchmarks.stores.sink_http import Answer, Connection, HangUpError
 from benchmarks.stores.sink_objects import Objects
-from benchmarks.stores.sink_operations import answer_to
+from benchmarks.stores.sink_operations import CHECKSUMS, answer_to
 
 KEPT_BYTES = 2**16
 _PACED_BUFFER_BYTES = 2**18  # or loopback would take megabytes at once, whatever the pace
@@ -41,6 +44,8 @@ class Behaviour:
     discard: bool = False
     latency_s: float = 0.0
     bytes_per_s: float | None = None
+    verifies: tuple[str, ...] = CHECKSUMS
+    verifies_large: bool = False
 
 
 class Server:
@@ -94,7 +99,9 @@ class Server:
         body, size_bytes = connection.body(
             request, keep_below_bytes=KEPT_BYTES + 1 if self._behaviour.discard else None
         )
-        answer = answer_to(self._objects, request, self._objects.content(body, size_bytes))
+        known = body is not None and (size_bytes <= KEPT_BYTES or self._behaviour.verifies_large)
+        verifies = self._behaviour.verifies if known else ()
+        answer = answer_to(self._objects, request, self._objects.content(body, size_bytes), verifies=verifies)
         if self._behaviour.latency_s:
             time.sleep(self._behaviour.latency_s)
         connection.answer(answer)
@@ -119,7 +126,14 @@ def main() -> None:
     parser.add_argument("--discard", action="store_true", help="keep no body above 64 KiB")
     parser.add_argument("--latency-ms", type=float, default=0.0, metavar="MS")
     parser.add_argument("--mb-per-s", type=float, metavar="MB", help="of each connection, in each direction")
+    parser.add_argument(
+        "--verify", default=",".join(CHECKSUMS), metavar="NAMES", help="checksums in headers that are verified"
+    )
+    parser.add_argument("--verify-large", action="store_true", help="of bodies above 64 KiB too")
     args = parser.parse_args()
+    verifies = tuple(name for name in args.verify.split(",") if name)
+    if unknown := set(verifies) - set(CHECKSUMS):
+        parser.error(f"no such checksum: {', '.join(sorted(unknown))}")
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
@@ -127,7 +141,8 @@ def main() -> None:
     for parameter, value in _KEEP_FREED_MEMORY:
         libc.mallopt(parameter, value)
     pace = args.mb_per_s * 1e6 if args.mb_per_s else None
-    server = Server(args.port, Behaviour(args.discard, args.latency_ms / 1000, pace))
+    behaviour = Behaviour(args.discard, args.latency_ms / 1000, pace, verifies, args.verify_large)
+    server = Server(args.port, behaviour)
     print(f"http://127.0.0.1:{server.port}", flush=True)
     server.serve()
 

@@ -154,7 +154,7 @@ class Play:
                 self.told[name] = "exists"
                 return
             receipts = [_put(store, keys.folder(STEP, name), PLAN, shard, arena) for shard in PLAN.shards]
-            digests = bytes(arena[PLAN.digests_offset : PLAN.digests_offset + 32 * PLAN.chunk_count])
+            digests = bytes(arena[PLAN.digests_offset : PLAN.digests_offset + 32 * PLAN.piece_count])
             outcome = commits.commit(
                 store, job, BUILDER, receipts=receipts, digests=digests, state=STATE, sleep=actor.pause
             )

@@ -15,26 +15,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from itself and from the rooms in the rows above it.
 ROOMS = [
-    {"errors", "options", "events"},
+    {"errors", "options", "events", "collector"},
     {"format"},
     {"store"},
     {"checkpoints"},
     {"engine"},
     {"state"},
-    {
-        "save",
-        "saver",
-        "launch",
-        "planner",
-        "request",
-        "restore",
-        "run",
-        "export",
-        "progress",
-        "collector",
-        "staging",
-        "lineage",
-    },
+    {"save", "saver", "launch", "lineage", "planner", "request", "restore", "run", "export", "progress", "staging"},
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]

@@ -9,8 +9,8 @@ from torch import nn
 
 import asyncckpt
 from asyncckpt import errors, events
+from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine.catalog import read_checkpoint
-from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.format import keys
 from asyncckpt.options import Best
 from asyncckpt.restore import load, restore, restore_from
@@ -303,7 +303,7 @@ def test_a_damaged_latest_falls_back_to_the_one_before_with_a_warning(damage):
     with pytest.warns(UserWarning, match="checkpoint 20") as warned:
         outcome = restore_from(store, state, url=URL, hooks=events.Hooks((seen.append,)))
     assert outcome.restored.step == 10
-    assert outcome.damaged == (20,)
+    assert list(outcome.damaged) == [20]
     assert contents(state) == contents(training(10))
     found = [event for event in seen if isinstance(event, events.DamageFound)]
     assert [event.step for event in found] == [20]
@@ -457,7 +457,7 @@ def test_a_checkpoint_that_retention_takes_away_is_no_damage():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outcome = restore_from(store, state, url=URL)
-    assert (outcome.restored.step, outcome.damaged) == (30, ())
+    assert (outcome.restored.step, dict(outcome.damaged)) == (30, {})
     assert contents(state) == contents(training(30))
 
 
@@ -474,7 +474,7 @@ def test_a_listing_that_never_agrees_with_the_records_is_no_empty_run():
         def get(self, key, *, max_bytes):
             raise errors.ObjectNotFoundError("no such object", key=key)
 
-    with pytest.raises(errors.CheckpointNotFoundError) as caught:
+    with pytest.raises(errors.StoreError, match="contradicts itself") as caught:
         restore_from(Forgetful(stored_run(10)), {}, url=URL)
     assert caught.value.step == 10
 
@@ -531,27 +531,6 @@ def test_what_other_threads_drop_is_freed_while_a_restore_downloads():
     assert max(left) < 250_000
 
 
-def test_a_second_reading_that_fails_in_the_middle_says_that_the_state_is_partly_overwritten():
-    class Twice(CountingStore):
-        """A bit flips in the first reading, and later in the second pass of the second one."""
-
-        rereads = True
-        large = 0
-
-        def get_into(self, key, offset, target):
-            super().get_into(key, offset, target)
-            if len(target) >= 2**20:
-                self.large += 1
-                if self.large in (1, 3):
-                    target[5] ^= 1
-
-    store = MemoryStore()
-    write_checkpoint(store, 1, {"t": torch.randn(2**18)}, codec="none")
-    with pytest.raises(errors.DigestMismatchError, match="partly overwritten") as caught:
-        restore(URL, {"t": torch.zeros(2**18)}, step=1, store=Twice(store))
-    assert caught.value.overwritten
-
-
 def test_what_is_whole_at_the_second_reading_is_not_given_up():
     class Flipping(CountingStore):
         """A bit flips on its way, once."""
@@ -567,7 +546,7 @@ def test_what_is_whole_at_the_second_reading_is_not_given_up():
     state = training(1)
     restored = restore_from(Flipping(stored_run(10, 20)), state, url=URL)
     assert restored.restored.step == 20
-    assert restored.damaged == ()
+    assert not restored.damaged
     assert contents(state) == contents(training(20))
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine.catalog import read_record
-from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.format import keys
 from asyncckpt.run import Run
 from asyncckpt.store.base import Store
@@ -88,7 +88,32 @@ def test_best_passes_over_an_unreadable_record():
     run, store = run_of(10, 20, 30)
     store.delete([keys.record_key(30)])
     store.put(keys.record_key(30), [b"{"])
-    assert run.best("loss").step == 20
+    with pytest.warns(UserWarning, match="checkpoint 30 cannot be read and was passed over: RecordError"):
+        assert run.best("loss").step == 20
+
+
+def test_best_raises_for_a_newer_checkpoint_since_nobody_knows_its_metrics_here():
+    run, store = run_of(10, 20, 30)
+    change_record(store, 20, format=9, metrics="elsewhere")
+    with pytest.raises(errors.FormatVersionError, match="newer asyncckpt") as caught:
+        run.best("loss")
+    assert caught.value.step == 20
+
+
+def test_a_good_verify_takes_the_mark_away_if_it_is_asked_to_and_a_bad_one_never_does():
+    run, store = run_of(10, 20)
+    mark_damaged(store, 20)
+    run.get(20).verify()
+    assert run.latest().step == 10
+    shard = next(key for key in all_keys(store) if key.startswith("step-0000000020/") and "state.pt" in key)
+    good = store.get(shard, max_bytes=2**20)
+    store.put(shard, [b"damaged"])
+    with pytest.raises(errors.CorruptCheckpointError):
+        run.get(20).verify(unmark=True)
+    assert run.latest().step == 10
+    store.put(shard, [good])
+    run.get(20).verify(unmark=True)
+    assert run.latest().step == 20
 
 
 def test_a_checkpoint_tells_what_was_saved_with_it():

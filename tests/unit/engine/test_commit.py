@@ -9,6 +9,7 @@ import torch
 
 from asyncckpt import errors
 from asyncckpt.checkpoints import removal
+from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine import commit as commits
 from asyncckpt.engine.job import SaveJob
 from asyncckpt.format import keys
@@ -60,7 +61,7 @@ class Attempt:
 
     def commit(self, *, again=False):
         receipts = self.put_shards()
-        end = self.plan.digests_offset + 32 * self.plan.chunk_count
+        end = self.plan.digests_offset + 32 * self.plan.piece_count
         digests = bytes(self.arena[self.plan.digests_offset : end])
         state = write_state(self.flat.values)
         return commits.commit(
@@ -189,7 +190,7 @@ def test_of_many_writers_at_once_exactly_one_commits():
 def test_a_step_that_was_set_aside_as_damaged_can_be_saved_again(tmp_path):
     for store in (MemoryStore(), LocalStore(tmp_path)):
         Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
-        commits.mark_damaged(store, STEP)
+        mark_damaged(store, STEP)
         again = Attempt(store, "bbbbbbbb-000001", value=2.0)
         assert not commits.exists(store, again.job)
         assert again.commit().result == "committed"
@@ -232,7 +233,7 @@ def test_a_newer_checkpoint_is_never_replaced(change):
     again = Attempt(store, "bbbbbbbb-000001")
     assert commits.exists(store, again.job)
     assert again.commit().result == "exists"
-    commits.mark_damaged(store, STEP)
+    mark_damaged(store, STEP)
     assert store.get(RECORD, max_bytes=2**27) == before
 
 
@@ -259,7 +260,7 @@ def test_two_writers_of_a_step_that_was_set_aside_are_not_both_told_that_they_co
     """The second one wins while the first one's request is under way: nothing is deleted, and the first is told."""
     store = MemoryStore()
     Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
-    commits.mark_damaged(store, STEP)
+    mark_damaged(store, STEP)
 
     class Overtaken(FaultyStore):
         def replace(self, key, data, old):
@@ -276,7 +277,7 @@ def test_two_writers_of_a_step_that_was_set_aside_are_not_both_told_that_they_co
 def test_a_commit_never_deletes_anything():
     store = MemoryStore()
     Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
-    commits.mark_damaged(store, STEP)
+    mark_damaged(store, STEP)
     watched = FaultyStore(store, operations={"delete", "remove"})
     assert Attempt(watched, "bbbbbbbb-000001", value=2.0).commit().result == "committed"
     assert watched.calls == []
@@ -308,21 +309,6 @@ def test_a_step_whose_record_was_removed_meanwhile_is_taken():
 
     assert Attempt(Removed(store), "bbbbbbbb-000001", value=2.0).commit().result == "committed"
     assert value(store) == 2.0
-
-
-def test_a_store_that_ignores_if_match_is_refused_before_a_record_is_replaced():
-    class Ignoring(MemoryStore):
-        conditional_puts = "unproven"
-
-        def replace(self, key, data, old):
-            self.put(key, data)
-
-    store = Ignoring()
-    Attempt(store, "aaaaaaaa-000001", value=1.0).commit()
-    commits.mark_damaged(store, STEP)
-    with pytest.raises(errors.UnsafeStoreError, match="If-Match"):
-        Attempt(store, "bbbbbbbb-000001", value=2.0).commit()
-    assert owner(store) == "aaaaaaaa-000001"
 
 
 # -- a record without its index
@@ -479,7 +465,7 @@ def test_a_name_that_was_given_before_its_sync_failed_is_not_told_as_committed_a
 
 def test_a_mark_for_no_checkpoint_is_not_written():
     store = MemoryStore()
-    commits.mark_damaged(store, STEP)
+    mark_damaged(store, STEP)
     assert names(store) == []
 
 

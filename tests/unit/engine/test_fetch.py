@@ -1,5 +1,4 @@
 import threading
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -264,27 +263,6 @@ def test_progress_comes_on_the_calling_thread_and_ends_at_the_total():
     assert {thread for thread, _, _ in seen} == {threading.get_ident()}
     assert seen[-1][1:] == (total, total)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-
-
-def test_a_forged_frame_table_is_refused_before_anything_is_read():
-    store, expected, index = written({"t": torch.randn(300_000)}, codec="zstd")
-    shard = index.shards[0]
-    rows = [*shard.frames[:-1], (*shard.frames[-1][:3], 2**40)]
-    forged = replace(index, shards=(replace(shard, frames=tuple(rows)),))
-    with pytest.raises(errors.ResourceLimitError) as caught:
-        fetch(store, forged, expected)
-    assert caught.value.key == shard.key
-    assert store.read_bytes == 0
-
-
-def test_chunks_that_are_no_run_of_their_tensor_are_refused():
-    _, _, index = written({"t": torch.randn(4, 4)})
-    tensor = index.tensors["m/t"]
-    whole = tensor.chunks[0]
-    columns = tuple(replace(whole, offsets=(0, at), sizes=(4, 2), raw_bytes=32) for at in (0, 2))
-    index.tensors["m/t"] = replace(tensor, chunks=columns)
-    with pytest.raises(errors.RecordError, match="run"):
-        plan_fetch(index, ["m/t"])
 
 
 def test_remote_stores_get_more_connections():

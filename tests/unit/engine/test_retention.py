@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncckpt import KeepEvery, KeepLast, errors
+from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine.catalog import find_checkpoints
-from asyncckpt.engine.commit import mark_damaged
 from asyncckpt.engine.retention import Retention, doomed
 from asyncckpt.format import keys
 from asyncckpt.restore import load

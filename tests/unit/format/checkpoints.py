@@ -10,8 +10,9 @@ from asyncckpt.format import keys
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import compress, decode_block, decompress, encode_shard
-from asyncckpt.format.index import MAX_INDEX_BYTES, Index, blocks_of
+from asyncckpt.format.index import BlockFinder, Index
 from asyncckpt.format.index_builder import IndexBuilder
+from asyncckpt.format.limits import BLOCK_BYTES, INDEX_BYTES
 from asyncckpt.format.plan import Group, Plan, Structure, TensorSpec, plan
 
 FOLDER = keys.folder(7, "0a1b2c3d-1")
@@ -23,7 +24,7 @@ class Receipt:
     key: str
     raw_bytes: int
     stored_bytes: int
-    frames: tuple[tuple[int, int, int, int], ...]
+    frames: tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Stored:
 
     @property
     def parsed(self) -> Index:
-        return Index.parse(decompress(self.index, MAX_INDEX_BYTES))
+        return Index.unpack(self.index)
 
 
 def structure_of(groups: dict, aliases=(), tree=None) -> Structure:
@@ -78,7 +79,7 @@ def store(structure: Structure, codec="planes", shard_bytes=None, seed=0) -> Sto
     for shard in layout.shards:
         stored, rows = bytearray(), []
         for frame in encode_shard(shard, arena, layout.codec, arena[layout.digests_offset :]):
-            rows.append((frame.raw_offset, frame.raw_bytes, len(stored), len(frame.data)))
+            rows.append((frame.raw_bytes, len(frame.data)))
             stored += frame.data
         key = FOLDER + shard.name
         objects[key] = stored
@@ -88,32 +89,31 @@ def store(structure: Structure, codec="planes", shard_bytes=None, seed=0) -> Sto
 
 
 def load(index: Index, objects: dict, path: str) -> bytes:
-    """The plain bytes of a tensor that is cut along one dimension, checked."""
+    """The plain bytes of a tensor, its boxes put together, every piece checked."""
     tensor = index.tensors[index.aliases.get(path, path)]
-    chunks = []
-    for chunk in sorted(tensor.chunks, key=lambda chunk: chunk.offsets):
-        plain = bytearray(chunk.raw_bytes)
-        stored = memoryview(objects[index.shards[chunk.shard].key])
-        for block in blocks_of(index, tensor, chunk):
+    element = DTYPES[tensor.dtype].element_bytes
+    whole = np.zeros((*tensor.shape, element), np.uint8)
+    for chunk in tensor.chunks:
+        plain = bytearray()
+        shard = index.shards[chunk.shard]
+        stored = memoryview(objects[shard.key])
+        for block in BlockFinder(shard).blocks(tensor, chunk):
             data = stored[block.stored_offset : block.stored_offset + block.stored_bytes]
+            raw = bytearray(data if not block.frames else block.raw_bytes)
             if block.frames:
-                raw = bytearray(block.raw_bytes)
                 decode_block(block.split(data), block.plane_bytes, block.raw_bytes, memoryview(raw))
-            else:
-                raw = bytes(data)
-            start = max(chunk.raw_offset, block.raw_offset)
-            end = min(chunk.raw_offset + chunk.raw_bytes, block.raw_offset + block.raw_bytes)
-            plain[start - chunk.raw_offset : end - chunk.raw_offset] = raw[
-                start - block.raw_offset : end - block.raw_offset
-            ]
-        if digest(plain) != chunk.digest:
+            start = max(chunk.raw_offset - block.raw_offset, 0)
+            plain += raw[start : start + chunk.raw_bytes - len(plain)]
+        pieces = [plain[start : start + BLOCK_BYTES] for start in range(0, len(plain), BLOCK_BYTES)] or [b""]
+        if b"".join(map(digest, pieces)) != chunk.digests or len(plain) != chunk.raw_bytes:
             raise DigestMismatchError("not what was stored", key=path)
-        chunks.append(plain)
-    return b"".join(chunks)
+        box = tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        whole[box] = np.frombuffer(plain, np.uint8).reshape((*chunk.sizes, element))
+    return whole.tobytes()
 
 
 def index_json(stored: Stored) -> dict:
-    return json.loads(decompress(stored.index, MAX_INDEX_BYTES))
+    return json.loads(decompress(stored.index, INDEX_BYTES))
 
 
 MIXED = {

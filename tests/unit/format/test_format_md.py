@@ -14,8 +14,8 @@ import zstandard
 import asyncckpt.format
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import MAX_WINDOW_BYTES
+from asyncckpt.format.limits import TENSORS
 from asyncckpt.format.plan import BLOCK_BYTES, LARGE_BYTES
-from asyncckpt.format.shard import MAX_TENSORS
 from tests.programs import ZSTD, needs_zstd
 from tests.unit.format.checkpoints import MIXED, store, structure_of
 
@@ -113,7 +113,7 @@ def test_one_shot_decompression_stops_after_the_header_as_the_document_warns():
 
 
 def test_the_document_states_the_constants_of_the_code():
-    for constant in (BLOCK_BYTES, LARGE_BYTES, MAX_TENSORS):
+    for constant in (BLOCK_BYTES, LARGE_BYTES, TENSORS):
         assert f"{constant:,}" in FORMAT_MD
     for name, kind in DTYPES.items():
         assert re.search(rf"\b{name}\b", FORMAT_MD)

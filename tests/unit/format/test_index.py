@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,14 +15,14 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     FormatVersionError,
     RecordError,
-    ResourceLimitError,
     UnsafeCheckpointError,
 )
-from asyncckpt.format import index as indexes
-from asyncckpt.format import keys
-from asyncckpt.format.index import Index, blocks_of
+from asyncckpt.format import keys, limits
+from asyncckpt.format.frames import compress
+from asyncckpt.format.index import BlockFinder, Index
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import plan
+from asyncckpt.format.structure import Structure
 from tests.unit.format.checkpoints import FOLDER, Receipt, index_json, load, store, structure_of
 
 STORED = store(
@@ -72,7 +74,6 @@ CHUNK = ("tensors", 0, 5, 0)
         ("shards", 0, "stored_bytes"),
         ("shards", 0, "frames", 1, 0),
         ("shards", 0, "frames", 1, 1),
-        ("shards", 0, "frames", 1, 3),
         ("tensors", 0, 0),
         ("tensors", 0, 3, 0),
         (*CHUNK, 0, 0),
@@ -83,7 +84,7 @@ CHUNK = ("tensors", 0, 5, 0)
     ],
 )
 def test_a_number_that_cannot_be_is_refused(path, value):
-    with pytest.raises((RecordError, ResourceLimitError)):
+    with pytest.raises((RecordError, FormatVersionError)):
         parse(changed(path, value))
 
 
@@ -91,7 +92,6 @@ def test_a_number_that_cannot_be_is_refused(path, value):
     ("path", "value"),
     [
         (("format",), ...),
-        (("codec",), "lz4"),
         (("codec",), "none"),
         (("codec",), "zstd"),  # a tensor has layout planes
         (("groups",), {}),
@@ -105,13 +105,11 @@ def test_a_number_that_cannot_be_is_refused(path, value):
         (("tensors", 0, 0), 2),
         (("tensors", 0, 1), 7),
         (("tensors", 1, 1), "w"),
-        (("tensors", 0, 2), "float31"),
         (("tensors", 0, 2), ["float32"]),
         (("tensors", 0, 2), "float64"),
         (("tensors", 0, 3), [60, 1001]),
         (("tensors", 0, 3), [60, 1000, 1]),
-        (("tensors", 0, 3), [1] * 65),
-        (("tensors", 0, 4), "stripes"),
+        (("tensors", 0, 4), ["plain"]),
         (("tensors", 1, 4), "planes"),
         (("tensors", 0, 5), []),
         ((*CHUNK, 0), [1, 0]),
@@ -127,6 +125,8 @@ def test_a_number_that_cannot_be_is_refused(path, value):
         (("shards", 0, "header"), "00"),
         (("shards", 0, "frames"), []),
         (("shards", 0, "frames", 0), [0, 1, 0]),
+        (("shards", 0, "frames", 1), [1, 0]),
+        (("shards", 0, "frames", 1), [100_000]),
         (("shards", 0, "frames", 1), None),
         (("aliases", 0), [0, "w", 0]),
         (("aliases", 0), ["m", "t", 0]),
@@ -146,9 +146,54 @@ def test_a_shard_outside_of_the_checkpoints_is_refused(key):
         parse(changed(("shards", 0, "key"), key))
 
 
-def test_an_unknown_version_is_refused_and_says_to_upgrade():
-    with pytest.raises(FormatVersionError, match="upgrade"):
-        parse(changed(("format",), 2))
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("format",), 2),
+        (("codec",), "lz4"),
+        (("tensors", 0, 2), "float31"),
+        (("tensors", 0, 3), [1] * 65),
+        (("tensors", 0, 4), "stripes"),
+        (("tree",), "handle"),
+        (("tree",), {"set": []}),
+        (("tree",), {"dict": {"m": {"scalar": "float128"}}}),
+    ],
+)
+def test_what_only_a_newer_version_can_mean_is_told_from_damage(path, value):
+    with pytest.raises(FormatVersionError, match=r"newer asyncckpt.*Upgrade"):
+        parse(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "tree", [{"dict": []}, {"list": {}}, {"scalar": 1}, {"dict": {}, "list": []}, {}, {"list": [3]}]
+)
+def test_a_node_that_no_version_means_is_damage(tree):
+    with pytest.raises(RecordError):
+        parse(changed(("tree",), tree))
+
+
+def test_the_leaf_of_bytes_is_known():
+    tree = {"dict": {"m": {"list": ["bytes", "tensor", "ndarray", "value", {"scalar": "float16"}]}}}
+    assert parse(changed(("tree",), tree)).tree == tree
+
+
+def test_the_paths_that_go_by_rank_come_back():
+    assert parse({**GOOD, "per_rank": ["loader"]}).per_rank == ("loader",)
+    for wrong in ({}, "loader", [3]):
+        with pytest.raises(RecordError):
+            parse({**GOOD, "per_rank": wrong})
+
+
+def test_the_names_of_an_optimizers_parameters_come_back():
+    names = {"optimizer": ("m/w", None), "other": ()}
+    structure = replace(structure_of({"m": {"w": ("float32", (3,))}}), parameters=names)
+    assert Structure.from_json(json.loads(json.dumps(structure.to_json()))).parameters == names
+    stored = store(structure)
+    assert stored.parsed.parameters == names
+    assert "parameters" not in index_json(store(structure_of({"m": {"w": ("float32", (3,))}})))
+    for wrong in ([], {"optimizer": "m/w"}, {"optimizer": [0]}):
+        with pytest.raises(RecordError):
+            parse({**index_json(stored), "parameters": wrong})
 
 
 def test_unknown_fields_are_ignored():
@@ -185,57 +230,187 @@ def test_what_is_no_json_object_is_refused(text):
     ],
 )
 def test_deep_nesting_is_refused(text):
-    with pytest.raises(ResourceLimitError):
+    with pytest.raises(FormatVersionError, match="nested"):
         parse(text)
+
+
+def test_the_deepest_tree_is_read():
+    assert parse({**GOOD, "tree": nested(254)})
+    with pytest.raises(FormatVersionError, match="256 levels"):
+        parse({**GOOD, "tree": nested(256)})
 
 
 def test_too_many_values_are_refused_before_they_are_made():
     started = time.process_time()
-    with pytest.raises(ResourceLimitError, match="values"):
+    with pytest.raises(FormatVersionError, match="values"):
         parse(b"[" + b"[]," * 50_000_000 + b"[]]")
     assert time.process_time() - started < 5
 
 
 def test_limits_on_tensors_and_bytes_hold(monkeypatch):
-    monkeypatch.setattr(indexes, "MAX_TENSORS", 8)
+    monkeypatch.setattr(limits, "TENSORS", 8)
     many = store(structure_of({"m": {f"{number}": ("bool", ()) for number in range(9)}}))
-    with pytest.raises(ResourceLimitError, match="9 tensors"):
+    with pytest.raises(FormatVersionError, match="9 tensors"):
         parse(index_json(many))
-    monkeypatch.setattr(indexes, "MAX_INDEX_BYTES", 100)
-    with pytest.raises(ResourceLimitError, match="above 100"):
+    monkeypatch.setattr(limits, "INDEX_BYTES", 100)
+    with pytest.raises(FormatVersionError, match="above 100"):
         parse(GOOD)
+
+
+def test_an_index_whose_text_is_out_of_proportion_is_refused_before_it_takes_memory():
+    text = json.dumps(GOOD).encode()
+    assert Index.unpack(compress(text + b" " * (limits.INDEX_BASE_BYTES - len(text)))) == STORED.parsed
+    padded = text + b" " * (8 * 2**20)
+    stored = compress(padded)
+    assert limits.INDEX_BASE_BYTES + limits.INDEX_RATIO * len(stored) < len(padded)
+    with pytest.raises(FormatVersionError, match="above the limit"):
+        Index.unpack(stored)
 
 
 def test_a_frame_larger_than_a_block_is_refused():
     data = copy.deepcopy(GOOD)
     row = data["shards"][0]
     header, raw_bytes = row["frames"][0], 2**40
-    row["frames"] = [header, [header[1], raw_bytes - header[1], header[3], row["stored_bytes"] - header[3]]]
+    row["frames"] = [header, [raw_bytes - header[0], row["stored_bytes"] - header[1]]]
     row["raw_bytes"] = raw_bytes
-    with pytest.raises(ResourceLimitError, match="limit"):
+    with pytest.raises(FormatVersionError, match="above"):
         parse(data)
 
 
 def test_frames_that_are_no_planes_are_refused_when_read():
-    index = parse(changed((*CHUNK, 3), 100))
+    row = GOOD["tensors"][0][5][0]
+    data = changed((*CHUNK, 3), row[3] + 4)
+    data["tensors"][0][5][0][1], data["tensors"][0][3] = [29, 1000], [59, 1000]
+    data["tensors"][0][5][1][0] = [29, 0]
+    index = parse(data)
     tensor = index.tensors["m/w"]
     with pytest.raises(CorruptCheckpointError, match="planes"):
-        blocks_of(index, tensor, tensor.chunks[0])
+        BlockFinder(index.shards[0]).blocks(tensor, tensor.chunks[0])
 
 
-def test_chunks_of_a_grid_along_two_axes_are_accepted_and_overlaps_are_not():
+def cut(boxes, layout="plain") -> dict:
+    """The good index with its first tensor, of 60 x 1000, in these boxes, side by side in its first shard."""
     data = copy.deepcopy(GOOD)
-    shard, start, digits = data["tensors"][0][5][0][2:]
-    data["tensors"][0][4] = "plain"
-    boxes = [([r, c], [20, 500]) for r in (0, 20, 40) for c in (0, 500)]
-    data["tensors"][0][5] = [[offsets, sizes, shard, start, digits] for offsets, sizes in boxes]
-    assert len(parse(data).tensors["m/w"].chunks) == 6
-    data["tensors"][0][5][1][0] = [0, 250]
-    with pytest.raises(RecordError, match="grid"):
+    shard, start = data["tensors"][0][5][0][2:4]
+    data["shards"] = [
+        {**row, "frames": [row["frames"][0], *[[2**22, 9]] * 9], "raw_bytes": 0, "stored_bytes": 0}
+        for row in GOOD["shards"]
+    ]
+    for row in data["shards"]:
+        row["raw_bytes"], row["stored_bytes"] = (sum(frame[n] for frame in row["frames"]) for n in (0, 1))
+    rows = []
+    for offsets, sizes in boxes:
+        rows.append([offsets, sizes, shard, start, "ab" * 32])
+        start += 4 * math.prod(sizes)
+    data["tensors"][0][4:] = [layout, rows]
+    return data
+
+
+GRID = [([r, c], [20, 500]) for r in (0, 20, 40) for c in (0, 500)]
+WHIRL = [
+    ([0, 0], [20, 600]),
+    ([0, 600], [40, 400]),
+    ([20, 0], [40, 400]),
+    ([20, 400], [20, 200]),
+    ([40, 400], [20, 600]),
+]
+
+
+@pytest.mark.parametrize("boxes", [GRID, WHIRL, [([0, 0], [60, 1]), ([0, 1], [60, 999])]])
+def test_any_boxes_that_hold_each_element_once_are_read(boxes):
+    assert [([*c.offsets], [*c.sizes]) for c in parse(cut(boxes)).tensors["m/w"].chunks] == boxes
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        GRID[1:],
+        GRID[:-1],
+        [*GRID[:3], ([20, 499], [20, 501]), *GRID[4:]],
+        [*GRID[:5], ([40, 501], [20, 499])],
+        [*GRID[:5], ([40, 500], [21, 500])],
+        [*WHIRL[:3], ([20, 401], [20, 199]), WHIRL[4]],
+        [*WHIRL[:3], ([20, 400], [20, 0]), WHIRL[4]],
+        [([0, 0], [60, 1000]), ([10, 10], [1, 1])],
+        [([0, 0], [60, 999])],
+        [([0, 1], [60, 999])],
+        [([0], [60000])],
+        [([0, 0, 0], [60, 1000, 1])],
+    ],
+)
+def test_a_hole_or_an_overlap_between_boxes_is_refused(boxes):
+    with pytest.raises(RecordError, match=r"exactly once|rank|nothing"):
+        parse(cut(boxes))
+
+
+def test_boxes_stand_in_the_order_of_their_offsets():
+    for boxes in (GRID[::-1], [GRID[0], GRID[0], *GRID[1:]]):
+        with pytest.raises(RecordError, match="order"):
+            parse(cut(boxes))
+
+
+def test_two_chunks_name_the_same_bytes_or_none_in_common():
+    for layout, second, fits in (
+        ("plain", [[500, 0], [500, 1000], 0, 0], True),
+        ("plain", [[500, 0], [500, 1000], 0, 4], False),
+        ("plain", [[500, 0], [500, 1000], 0, 2_000_000], True),
+        ("plain", [[500, 0], [500, 1000], 0, 1_999_999], False),
+    ):
+        data = cut([([0, 0], [500, 1000])], layout)
+        first = data["tensors"][0][5][0]
+        second[3] += first[3]
+        data["tensors"][0][3] = [1000, 1000]
+        data["tensors"][0][5].append([*second, "ab" * 32])
+        if fits:
+            assert len(parse(data).tensors["m/w"].chunks) == 2
+        else:
+            with pytest.raises(RecordError, match="overlap"):
+                parse(data)
+    data = cut([([0, 0], [500, 1000])])
+    data["tensors"][0][3] = [500, 1000]
+    row = data["tensors"][0][5][0]
+    same_bytes = [0, "v", "int16", [1000, 1000], "plain", [[[0, 0], [1000, 1000], *row[2:]]]]
+    data["tensors"].append(same_bytes)
+    with pytest.raises(RecordError, match="overlap"):
+        parse(data)  # of another element size
+    same_bytes[2:4], same_bytes[5][0][1] = ["int32", [500, 1000]], [500, 1000]
+    assert len(parse(data).tensors) == 4
+
+
+def test_no_chunk_lies_in_a_header():
+    data = cut([([0, 0], [60, 1000])])
+    header = data["shards"][0]["frames"][0][0]
+    data["tensors"][0][5][0][3] = header
+    assert parse(data)
+    data["tensors"][0][5][0][3] = header - 1
+    with pytest.raises(RecordError, match="header"):
         parse(data)
-    data["tensors"][0][5][1] = data["tensors"][0][5][0]
-    with pytest.raises(RecordError, match="grid"):
+
+
+def test_a_tensor_without_elements_has_one_chunk_with_the_digest_of_nothing():
+    stored = store(structure_of({"m": {"e": ("float32", (3, 0, 2))}}))
+    data = index_json(stored)
+    row = data["tensors"][0][5][0]
+    assert row[:2] == [[0, 0, 0], [3, 0, 2]]
+    assert row[4].startswith("af1349b9")
+    row[4] = "ab" * 32
+    with pytest.raises(RecordError, match="nothing"):
         parse(data)
+
+
+@pytest.mark.parametrize("elements", [2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20])
+def test_a_chunk_has_a_digest_for_every_four_mebibytes(elements):
+    data = cut([([0, 0], [1, elements])])
+    data["tensors"][0][3] = [1, elements]
+    row = data["tensors"][0][5][0]
+    count = max(1, -(-4 * elements // 2**22))
+    row[4] = "".join(f"{number:064x}" for number in range(count))
+    (chunk,) = parse(data).tensors["m/w"].chunks
+    assert [chunk.digest(number)[-1] for number in range(count)] == list(range(count))
+    for wrong in (row[4][:-64], row[4] + "ab" * 32, row[4][:-1], row[4].upper()[:-2] + "AB", row[4][:-2] + " 1"):
+        row[4] = wrong
+        with pytest.raises(RecordError, match="digest"):
+            parse(data)
 
 
 JUNK = st.recursive(
@@ -274,7 +449,7 @@ def test_junk_anywhere_never_escapes_the_error_family(place, junk):
 def test_a_receipt_that_does_not_fit_raises():
     layout = plan(structure_of({"m": {"w": ("bool", ())}}))
     shard = layout.shards[0]
-    good = Receipt(0, FOLDER + shard.name, shard.raw_bytes, 5, ((0, shard.raw_bytes, 0, 5),))
+    good = Receipt(0, FOLDER + shard.name, shard.raw_bytes, 5, ((shard.raw_bytes, 5),))
     assert IndexBuilder(layout).build([good], bytes(32), FOLDER)
     for receipts in (
         [],
@@ -293,12 +468,11 @@ def test_each_index_of_a_builder_has_its_own_digests_and_shards():
     shard = layout.shards[0]
     builder = IndexBuilder(layout)
     for number, stored_bytes in ((1, 5), (2, 6)):
-        receipt = Receipt(
-            0, FOLDER + shard.name, shard.raw_bytes, stored_bytes, ((0, shard.raw_bytes, 0, stored_bytes),)
-        )
+        frames = ((len(shard.header), 3), (shard.raw_bytes - len(shard.header), stored_bytes - 3))
+        receipt = Receipt(0, FOLDER + shard.name, shard.raw_bytes, stored_bytes, frames)
         digests = bytes([number]) * 32 + bytes([number + 10]) * 32
         index = parse(builder.build([receipt], digests, FOLDER))
-        found = {chunk.digest for tensor in index.tensors.values() for chunk in tensor.chunks}
+        found = {chunk.digests for tensor in index.tensors.values() for chunk in tensor.chunks}
         assert found == {digests[:32], digests[32:]}
         assert index.shards[0].stored_bytes == stored_bytes
 
@@ -307,5 +481,5 @@ def test_a_shard_of_an_earlier_step_may_be_named():
     layout = plan(structure_of({"m": {"w": ("bool", ())}}))
     shard = layout.shards[0]
     key = keys.folder(3, "feed-1") + shard.name
-    receipt = Receipt(0, key, shard.raw_bytes, 5, ((0, len(shard.header), 0, 4), (len(shard.header), 1, 4, 1)))
+    receipt = Receipt(0, key, shard.raw_bytes, 5, ((len(shard.header), 4), (1, 1)))
     assert parse(IndexBuilder(layout).build([receipt], bytes(32), FOLDER)).shards[0].key == key

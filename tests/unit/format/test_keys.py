@@ -10,7 +10,7 @@ from asyncckpt.format import keys
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
     ["", "#1", "#", "%", "%2F", "a/b", "a@0", "__metadata__", "%5F_metadata__", "\x00", "..", "layers.0.weight"]
 )
-KEY = TEXT | st.integers()
+KEY = TEXT | st.integers(-(2**63), 2**63 - 1)
 
 
 @given(st.lists(KEY, min_size=1, max_size=5))
@@ -65,7 +65,7 @@ def test_slugs_of_names_that_differ_in_case_differ():
     ]
 
 
-@pytest.mark.parametrize("step", [0, 1000, 9_999_999_999, 10_000_000_000, 10**18 - 1])
+@pytest.mark.parametrize("step", [0, 1000, 9_999_999_999, 10_000_000_000, 2**53])
 def test_keys_of_a_step_are_parsed_back(step):
     assert keys.parse_record_key(keys.record_key(step)) == step
     assert keys.parse_damaged_key(keys.damaged_key(step)) == step
@@ -91,7 +91,7 @@ def test_foreign_keys_are_no_records(key):
     assert keys.parse_folder(key) is None
 
 
-@pytest.mark.parametrize("step", [-1, 10**18])
+@pytest.mark.parametrize("step", [-1, 2**53 + 1])
 def test_a_step_out_of_range_raises(step):
     with pytest.raises(ValueError, match="step"):
         keys.record_key(step)
@@ -133,3 +133,21 @@ def test_a_folder_is_no_object_and_an_object_no_folder():
         keys.check_object_key("step-0000000001/a/")
     with pytest.raises(UnsafeCheckpointError):
         keys.check_folder("step-0000000001/a/b")
+
+
+@pytest.mark.parametrize("key", [2**63, -(2**63) - 1, 10**4000])
+def test_an_integer_key_beyond_64_bits_is_refused(key):
+    with pytest.raises(UnsupportedObjectError, match=r"2\^63"):
+        keys.escape(key)
+
+
+@pytest.mark.parametrize("part", [f"#{2**63}", f"#{-(2**63) - 1}", "#" + "9" * 5000])
+def test_no_integer_beyond_64_bits_is_a_part_of_a_path(part):
+    with pytest.raises(ValueError, match="not a key"):
+        keys.unescape(part)
+    assert keys.unescape(f"#{-(2**63)}") == -(2**63)
+
+
+def test_a_step_above_the_limit_is_no_record():
+    assert keys.parse_record_key(f"step-{2**53}.json") == 2**53
+    assert keys.parse_record_key(f"step-{2**53 + 1}.json") is None

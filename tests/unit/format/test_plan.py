@@ -56,7 +56,8 @@ def test_every_byte_of_every_tensor_has_one_place(codec, shard_bytes):
     structure = structure_of(MIXED)
     made = plan(structure, codec=codec, shard_bytes=shard_bytes)
     chunks = [chunk for shard in made.shards for chunk in shard.chunks]
-    assert [chunk.number for chunk in chunks] == list(range(made.chunk_count))
+    pieces = [chunk.first_piece + piece for chunk in chunks for piece in range(chunk.pieces)]
+    assert pieces == list(range(made.piece_count))
     assert sum(chunk.raw_bytes for chunk in chunks) == made.data_bytes
     places = sorted((chunk.arena_offset, chunk.raw_bytes) for chunk in chunks)
     assert all(start + size <= after for (start, size), (after, _) in pairwise(places))
@@ -66,7 +67,7 @@ def test_every_byte_of_every_tensor_has_one_place(codec, shard_bytes):
         assert own[0].arena_offset == offset
         assert all(a.arena_offset + a.raw_bytes == b.arena_offset for a, b in pairwise(own))
     assert made.digests_offset >= max(start + size for start, size in places)
-    assert made.arena_bytes >= made.digests_offset + 32 * made.chunk_count
+    assert made.arena_bytes >= made.digests_offset + 32 * made.piece_count
 
 
 @pytest.mark.parametrize("codec", ["planes", "zstd", "none"])

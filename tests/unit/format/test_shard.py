@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, ResourceLimitError
-from asyncckpt.format import shard
-from asyncckpt.format.shard import build_header, header_entry, parse_header
+from asyncckpt.format import limits
+from asyncckpt.format.shard import HeaderTensor, build_header, header_entry, parse_header
 
 
 def header_of(rows) -> bytes:
@@ -27,8 +27,8 @@ def test_a_header_comes_back_and_is_padded_to_eight_bytes():
     assert len(header) % 8 == 0
     described = parse_header(header, len(header) + 25)
     assert list(described) == ["w", "é"]
-    assert described["w"] == shard.HeaderTensor("F32", (2, 3), len(header), 24)
-    assert described["é"] == shard.HeaderTensor("U8", (), len(header) + 24, 1)
+    assert described["w"] == HeaderTensor("F32", (2, 3), len(header), 24)
+    assert described["é"] == HeaderTensor("U8", (), len(header) + 24, 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,11 +96,11 @@ def test_a_wrong_length_is_refused(length):
 def test_limits_hold(monkeypatch):
     with pytest.raises(ResourceLimitError):
         parse_header(header_of(b"[" * 100_000), 200_000)
-    monkeypatch.setattr(shard, "MAX_TENSORS", 1)
+    monkeypatch.setattr(limits, "TENSORS", 1)
     header = header_of({"a": row(), "b": row(offsets=[4, 8])})
     with pytest.raises(ResourceLimitError, match="2 tensors"):
         parse_header(header, len(header) + 8)
-    monkeypatch.setattr(shard, "MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr(limits, "HEADER_BYTES", 10)
     with pytest.raises(ResourceLimitError, match="above 10"):
         parse_header(header, len(header) + 8)
 

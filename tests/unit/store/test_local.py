@@ -155,6 +155,21 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         assert files(root) == set()
 
 
+@pytest.mark.parametrize(("when", "unanswered"), [(1, False), (2, True)])
+def test_a_failure_behind_the_new_name_says_that_it_may_have_taken_effect(
+    root: Path, monkeypatch: pytest.MonkeyPatch, when: int, unanswered: bool
+) -> None:
+    """The first sync is of the file, the second of its folder."""
+    store = LocalStore(root)
+    store.put("before", [b"x"])
+    fail(monkeypatch, "fsync", errno.EIO, when)
+    with pytest.raises(LocalIOError) as caught:
+        store.put("key", [b"x"], if_absent=True)
+    assert caught.value.unanswered is unanswered
+    assert caught.value.key == "key"
+    assert (root / "key").exists() is unanswered
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("call", ["open", "pwritev", "fsync", "close", "link", "chmod"])
 def test_any_other_failure_is_a_local_one_and_leaves_nothing(

@@ -5,10 +5,12 @@ import random
 
 import pytest
 
+from asyncckpt import errors
 from asyncckpt.errors import (
     DeadlineExceededError,
     DiskFullError,
     LocalIOError,
+    ObjectChangedError,
     ObjectExistsError,
     StoreAuthError,
     StoreError,
@@ -16,6 +18,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
+from asyncckpt.store.base import Version
 from asyncckpt.store.memory import MemoryStore
 from asyncckpt.store.retry import RetryingStore
 from tests.faulty import FaultyStore
@@ -184,3 +187,98 @@ def test_limits_of_the_inner_store_show_through(time: Time) -> None:
     store = RetryingStore(inner)
     assert (store.min_part_bytes, store.max_put_bytes, store.max_parts) == (5, 6, 7)
     assert store.conditional_puts == "single_writer"
+
+
+def refused() -> TransientStoreError:
+    error = TransientStoreError("SlowDown")
+    error.unanswered = False
+    return error
+
+
+CHANGES = {
+    "put": lambda store: store.put("key", [b"new"]),
+    "replace": lambda store: store.replace("key", [b"new"], Version(b"old", "")),
+    "remove": lambda store: store.remove("key", Version(b"old", "")),
+}
+
+
+@pytest.mark.parametrize("named", CHANGES)
+@pytest.mark.parametrize("kind", [StoreAuthError, DiskFullError, ObjectChangedError])
+def test_a_definite_answer_does_not_hide_an_earlier_send_without_one(
+    time: Time, named: str, kind: type[StoreError]
+) -> None:
+    failures = [kind("no"), TransientStoreError("the answer was lost")]
+    inner = FaultyStore(MemoryStore(), {1, 2}, error=failures.pop, operations={named})
+    inner.inner.put("key", [b"old"])
+    with pytest.raises(kind) as caught:
+        CHANGES[named](retrying(inner, time))
+    assert caught.value.unanswered
+    assert errors.from_json(errors.to_json(caught.value)).unanswered
+
+
+@pytest.mark.parametrize("named", CHANGES)
+def test_a_definite_answer_behind_refusals_says_that_nothing_was_done(time: Time, named: str) -> None:
+    failures = [StoreAuthError("no"), refused(), refused()]
+    inner = FaultyStore(MemoryStore(), {1, 2, 3}, error=failures.pop, operations={named})
+    inner.inner.put("key", [b"old"])
+    with pytest.raises(StoreAuthError) as caught:
+        CHANGES[named](retrying(inner, time))
+    assert not caught.value.unanswered
+    assert not errors.from_json(errors.to_json(caught.value)).unanswered
+
+
+@pytest.mark.parametrize("named", CHANGES)
+@pytest.mark.parametrize(("failure", "unanswered"), [(refused, False), (lambda: TransientStoreError("lost"), True)])
+def test_at_the_deadline_it_is_known_whether_a_send_was_unanswered(
+    time: Time, named: str, failure, unanswered: bool
+) -> None:
+    inner = FaultyStore(MemoryStore(), ALWAYS, error=failure, operations={named})
+    inner.inner.put("key", [b"old"])
+    with pytest.raises(DeadlineExceededError) as caught:
+        CHANGES[named](retrying(inner, time))
+    assert caught.value.unanswered is unanswered
+
+
+def test_a_replacement_whose_answer_was_lost_reads_as_changed(time: Time) -> None:
+    inner = FaultyStore(MemoryStore(), {1}, after=True, operations={"replace"})
+    inner.inner.put("key", [b"old"])
+    with pytest.raises(ObjectChangedError) as caught:
+        retrying(inner, time).replace("key", [b"mine"], Version(b"old", ""))
+    assert caught.value.unanswered
+    assert inner.inner.get("key", max_bytes=10) == b"mine"
+
+
+class IgnoringStore(MemoryStore):
+    """Deletes whatever stands there, as MinIO does."""
+
+    def remove(self, key: str, old: Version) -> None:
+        self.delete([key])
+
+
+@pytest.mark.parametrize("again", [None, b"another", b"a longer one"])
+def test_a_removal_whose_answer_was_lost_is_not_sent_again_blindly(time: Time, again: bytes | None) -> None:
+    inner = FaultyStore(IgnoringStore(), {1}, after=True, operations={"remove"})
+    inner.inner.put("key", [b"old"])
+
+    def make_again(_: StoreRetried) -> None:
+        if again is not None:
+            inner.inner.put("key", [again])
+
+    store = retrying(inner, time, on_retry=make_again)
+    if again is None:
+        store.remove("key", Version(b"old", ""))
+        assert inner.inner.head("key") is None
+    else:
+        with pytest.raises(ObjectChangedError) as caught:
+            store.remove("key", Version(b"old", ""))
+        assert caught.value.unanswered
+        assert inner.inner.get("key", max_bytes=100) == again
+    assert len(inner.calls) == 1
+
+
+def test_a_removal_that_did_not_arrive_is_sent_again(time: Time) -> None:
+    inner = FaultyStore(MemoryStore(), {1, 2}, operations={"remove"})
+    inner.inner.put("key", [b"old"])
+    retrying(inner, time).remove("key", Version(b"old", ""))
+    assert len(inner.calls) == 3
+    assert inner.inner.head("key") is None
