@@ -15,7 +15,8 @@ from asyncckpt.checkpoints import standing
 from asyncckpt.engine import pipeline
 from asyncckpt.errors import CheckpointConflictError, CheckpointError
 from asyncckpt.options import KeepRule
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import Patience, Store
+from asyncckpt.store.local import LocalStore
 
 PATIENCE_S = 30.0
 ELEMENTS = 16_400  # just above 64 KiB: such a tensor has blocks of its own
@@ -25,9 +26,10 @@ Tell = Callable[..., None]
 
 
 def scale_limits() -> None:
-    """Small shards go up in parts as large ones do, one request at a time, and nobody looks twice at a record after whole seconds."""
+    """Small shards go up in parts as large ones do, one request at a time, and who looks twice does not wait for seconds."""
     pipeline.PART_BYTES = _PART_BYTES
     standing.STUMP_S = 0.01
+    Store.patience = LocalStore.patience = Patience((0.001, 0.001), deadline_s=1.0)
     pipeline.LOCAL_UPLOADS = pipeline.REMOTE_UPLOADS = 1
     torch.set_num_threads(1)
 
