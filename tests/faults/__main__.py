@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 
-from tests.faults.campaign import SCENARIOS, VICTIMS, Table, drawn, in_parallel, run
+from tests.faults.campaign import SCENARIOS, VICTIMS, Table, drawn, in_parallel, run, systematic
 from tests.faults.fates import FILE_FAULTS, REQUEST_FAULTS, Case
 from tests.faults.places import PLACES
 
@@ -18,8 +18,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--seed", type=int, help="of the campaign; with --scenario, of that one run's dice")
     parser.add_argument(
-        "--scenario", choices=sorted(SCENARIOS), help="one run alone, or with --all every one of its points"
+        "--scenario", choices=sorted(SCENARIOS), help="one run alone, or with --all every fault at every point"
     )
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--store", choices=sorted(PLACES), default="memory")
     parser.add_argument("--fault", choices=sorted({*REQUEST_FAULTS, *FILE_FAULTS}), default="")
     parser.add_argument("--at", default="", help="the point, as a failure prints it")
@@ -27,9 +28,11 @@ def main() -> int:
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("asyncckpt").setLevel(logging.CRITICAL)
+    if chosen.all:
+        return many(systematic(chosen.scenario, chosen.store), chosen.jobs)
     if chosen.scenario:
         return one(Case(chosen.scenario, chosen.store, chosen.fault, chosen.at, chosen.seed, chosen.victim))
-    return many(chosen.runs, chosen.jobs, chosen.seed or 0)
+    return many(list(drawn(chosen.runs, chosen.seed or 0)), chosen.jobs)
 
 
 def one(case: Case) -> int:
@@ -42,9 +45,8 @@ def one(case: Case) -> int:
     return bool(verdict.violations)
 
 
-def many(runs: int, jobs: int, seed: int) -> int:
+def many(cases: list[Case], jobs: int) -> int:
     started_s = time.monotonic()
-    cases = list(drawn(runs, seed))
     table, violated = Table(), 0
     for done, verdict in enumerate(in_parallel(cases, jobs), 1):
         table.add(verdict)
@@ -52,10 +54,10 @@ def many(runs: int, jobs: int, seed: int) -> int:
             violated += 1
             print(verdict.told(), flush=True)
         if done % 100 == 0:
-            print(f"{done} of {runs} runs, {violated} violated, {time.monotonic() - started_s:.0f} s", flush=True)
+            print(f"{done} of {len(cases)} runs, {violated} violated, {time.monotonic() - started_s:.0f} s", flush=True)
     print(*table.lines(), sep="\n")
     print(
-        f"{runs} runs in {time.monotonic() - started_s:.0f} s; {violated} violated; {table.missed} met no point; seed {seed}"
+        f"{len(cases)} runs in {time.monotonic() - started_s:.0f} s; {violated} violated; {table.missed} met no point"
     )
     return bool(violated)
 

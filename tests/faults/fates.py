@@ -9,14 +9,14 @@ from typing import Any
 KILLS = ("kill-before", "kill-after")
 _ONCE = ("lost-request", "lost-answer", "late")
 ALWAYS = "-always"
-REQUEST_FAULTS = (*KILLS, *_ONCE, *(f"{fault}{ALWAYS}" for fault in _ONCE), "doubled", "refused", "outage")
+REQUEST_FAULTS = (*KILLS, *_ONCE, *(f"{fault}{ALWAYS}" for fault in _ONCE), "doubled", "refused", "outage", "absent")
 """Of a store's requests.
 
 `kill-*`: the process dies before the request is sent, or right after it took effect. `lost-request` never arrives;
 `lost-answer` took effect and the caller cannot know. `late`: the caller is told of a failure, and the request arrives
 later. `*-always`: the same for every further try of this request in this life, and nothing else is disturbed.
 `doubled`: it arrives now, and again later. `refused`: an error that no retry cures, once. `outage`: from here on nothing
-is answered, as long as this life lasts.
+is answered, as long as this life lasts. `absent`: an object that is there is said not to be, once.
 """
 FILE_FAULTS = (*KILLS, "eio", "enospc", "full")
 """Of a local store's file operations. `eio`, `enospc`: that error, once. `full`: from here on the disk takes nothing more."""
@@ -122,5 +122,7 @@ class Dice:
 
 
 def possible(fault: str, operation: str) -> bool:
-    """A request that only reads leaves nothing to arrive later."""
+    """A request that only reads leaves nothing to arrive later, and one that only writes is told of no absence."""
+    if fault == "absent":
+        return operation in ("get", "get_into")
     return operation in WRITING if fault.startswith(("late", "doubled")) else True

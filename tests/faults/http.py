@@ -15,7 +15,6 @@ from urllib.parse import parse_qs, urlsplit
 from tests.faults.fates import ALWAYS, KILLS, Case, Dice, Names, Point
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
-_REFUSED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>injected: refused</Message></Error>"
 
 
 class Proxy:
@@ -148,8 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(*answer)
         if fault in KILLS:
             os.kill(server.victim, signal.SIGKILL)
-        if fault == "refused":
-            return self.answer(403, [("Content-Type", "application/xml")], _REFUSED)
+        if fault in ("refused", "absent"):
+            status, code = (403, "AccessDenied") if fault == "refused" else (404, "NoSuchKey")
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
+            return self.answer(status, [("Content-Type", "application/xml")], body.encode())
         return self.reset()
 
     def answer(self, status: int, headers: list[Any], body: bytes) -> None:

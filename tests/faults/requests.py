@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
-from asyncckpt.errors import StoreAuthError, StoreError, TransientStoreError
+from asyncckpt.errors import ObjectNotFoundError, StoreAuthError, StoreError, TransientStoreError
 from asyncckpt.store.base import Upload
 from asyncckpt.store.memory import MemoryStore
 from tests.faults.fates import ALWAYS, KILLS, Dice, Names, Point
@@ -103,6 +103,8 @@ class LifeStore(FaultyStore):
                 return answer
         if fault == "refused":
             raise StoreAuthError("injected: refused", key=key)
+        if fault == "absent":
+            raise ObjectNotFoundError("injected: no such object", key=key)
         raise self._error(key)
 
     def _error(self, key):
