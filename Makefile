@@ -6,6 +6,7 @@ TORCH_PIP ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FAULTS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools check format test test-bench demo bench bench-full clean
+.PHONY: help venv tools check format test faults test-bench demo bench bench-full clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,8 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 tools:
-	@for tool in zstd strace; do command -v $$tool >/dev/null || \
-	{ echo "The tests need the command '$$tool': apt-get install $$tool" >&2; exit 1; }; done
+	@.ci/tools
 
 check: $(INSTALLED) ## formatting, lint, types and the architecture of the package
 	$(BIN)/ruff format --check .
@@ -43,6 +43,9 @@ format: $(INSTALLED) ## put the sources into the form that `make check` asks for
 
 test: tools $(INSTALLED) ## all tests but the benchmarks' own; PYTEST_ARGS="-k name" for some
 	$(BIN)/pytest -m "not bench" $(PYTEST_ARGS)
+
+faults: $(INSTALLED) ## 2,000 runs in which processes, requests and files fail, in a few minutes; FAULTS_ARGS="--help" tells more
+	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 test-bench: tools $(INSTALLED) ## the benchmarks' own tests: stores, peers, harness, report
 	$(BIN)/pytest -m bench $(PYTEST_ARGS)

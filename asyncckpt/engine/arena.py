@@ -92,7 +92,7 @@ class Arena:
             self.fd = None
 
     def close(self) -> None:
-        """Unmap and free. Views must be gone."""
+        """Unmap and free. Where a view still lives, as in the traceback of a request that was tried again, the map goes with it."""
         if self._closed:
             return
         self._closed = True
@@ -100,7 +100,8 @@ class Arena:
             if self.fd is not None:
                 os.close(self.fd)
                 self.fd = None
-            self.buffer.close()
+            with contextlib.suppress(BufferError):
+                self.buffer.close()
 
 
 def read_counter(fd: int, size_bytes: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tests.programs import needs_zstd
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -67,6 +69,7 @@ def test_the_example_resumes_bit_exact_when_it_is_run_in_two_halves(tmp_path):
     ]
 
 
+@needs_zstd
 def test_the_shell_lines_read_a_shard(tmp_path):
     run_example(tmp_path, 100, 'codec="planes", ')  # as the first save to S3
     (shard,) = tmp_path.glob("step-0000000100/*/model-00001-of-00001.safetensors.zst")

@@ -155,3 +155,16 @@ def test_closing_stops_a_touch_in_progress():
     thread.join(30)
     assert not thread.is_alive()
     assert arena.buffer.closed
+
+
+def test_an_arena_that_somebody_still_looks_into_closes_and_its_map_goes_with_the_view():
+    before = open_descriptors()
+    arena = Arena.create(1, PAGE)
+    arena.buffer[:4] = b"seen"
+    view = memoryview(arena.buffer)
+    arena.close()
+    assert open_descriptors() == before
+    assert view[:4] == b"seen"
+    view.release()
+    arena.buffer.close()
+    assert arena.buffer.closed

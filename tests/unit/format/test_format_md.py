@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from asyncckpt.format import limits, nodes
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import MAX_WINDOW_BYTES
 from asyncckpt.format.plan import BLOCK_BYTES, LARGE_BYTES
+from tests.programs import ZSTD, needs_zstd
 from tests.unit.format.checkpoints import MIXED, store, structure_of
 from tests.unit.format.document_reader import element_types, read_checkpoint
 from tests.writer import tensor_bytes
 
 FORMAT_MD = (Path(asyncckpt.format.__file__).parent / "FORMAT.md").read_text()
-ZSTD = shutil.which("zstd")
 UNICODE = {"m": {"wörter/テンソル 🜚": ("float32", (2, 3)), "": ("int16", (4,)), '\x00\n"': ("uint8", (1,))}}
 
 
@@ -84,7 +83,7 @@ def test_shards_are_read_by_zstd_safetensors_and_the_documents_lines(tmp_path, c
     assert values == {stored.plan.structure.path(number): value for number, value in enumerate(stored.values)}
 
 
-@pytest.mark.skipif(ZSTD is None, reason="the zstd command line tool is not installed")
+@needs_zstd
 def test_the_zstd_tool_accepts_every_object(tmp_path):
     stored = store(structure_of(MIXED), "planes", 300_000)
     (tmp_path / "index.json.zst").write_bytes(stored.index)
