@@ -329,7 +329,7 @@ class Saver:
             options = options or S3Options()
             retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, FIRST_CONTACT_S))
             options = replace(options, retry=retry)
-        return closing(open_store(self.url, options))
+        return closing(open_store(self.url, options, on_retry=self._hooks))
 
     def _retried(self, event: events.StoreRetried) -> None:
         if isinstance(self._launcher._engine, InlineEngine):

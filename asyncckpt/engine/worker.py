@@ -117,9 +117,9 @@ class TaskRunner:
         """Is the step taken, or the folder another run's?"""
 
         def work() -> dict[str, Any]:
+            taken = commit.exists(self._store, job)
             if job.newcomer:
                 admit(self._store, job.step)
-            taken = commit.exists(self._store, job)
             if taken and job.on_exists == "raise":
                 raise errors.CheckpointConflictError(
                     "the step exists already, written by another attempt", step=job.step, attempt=job.attempt

@@ -6,6 +6,7 @@ import pytest
 
 import asyncckpt
 from asyncckpt import Run, Saver, events
+from asyncckpt.lineage import FIRST_CONTACT_S
 from tests.processes import PATIENCE_S, eventually
 from tests.trainers import s3
 from tests.training import Training, assert_same
@@ -60,12 +61,20 @@ def test_an_answer_to_the_commit_that_is_lost_is_one_checkpoint(proxy, moto_endp
         beside.latest().verify()
 
 
-def test_a_store_that_is_down_from_the_start_holds_the_first_save_only(proxy, s3_url):
+def test_a_store_that_is_down_from_the_start_holds_the_first_save_for_a_bounded_time_and_training_goes_on(
+    proxy, s3_url
+):
+    """Nobody can look whose folder it is, so the first save waits a little, and then the engine looks before it commits."""
     proxy.down = True
     training = Training().step()
-    with Saver(s3_url, store=s3(proxy.url)) as saver:
+    seen = []
+    with Saver(s3_url, store=s3(proxy.url), hooks=[seen.append]) as saver:
+        began_s = time.monotonic()
         save = saver.save(1, training.state)
-        eventually(lambda: proxy.connections > 3, "it asks again and again")
+        assert time.monotonic() - began_s < FIRST_CONTACT_S + 10
+        assert [event for event in seen if isinstance(event, events.StoreRetried)], "nobody is told why it waits"
+        asked = proxy.connections
+        eventually(lambda: proxy.connections > asked + 3, "it asks again and again")
         assert not save.done()
         proxy.down = False
         assert save.result(PATIENCE_S).retries > 0
