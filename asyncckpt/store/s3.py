@@ -83,11 +83,7 @@ class S3Store(Store):
             if status_of(error.__cause__) != 501:
                 raise
             if not self._options.single_writer:
-                raise UnsafeStoreError(
-                    "this store refuses `If-None-Match`, so two writers could take one step; if there is only one, say"
-                    " S3Options(single_writer=True)",
-                    key=key,
-                ) from error
+                raise _unsafe("refuses `If-None-Match`", key) from error
             self._put(key, data, **params)
 
     def start_upload(self, key: str) -> S3Upload:
@@ -221,7 +217,12 @@ class S3Store(Store):
                 condition = {}
                 with _around_the_put(unanswered=False):
                     self._check_same(key, old)
-            self._ask("delete_object", key, Key=self._key(key), **condition)
+            try:
+                self._ask("delete_object", key, Key=self._key(key), **condition)
+            except StoreError as error:
+                if condition and status_of(error.__cause__) == 501:
+                    raise _unsafe("refuses `If-Match` for deletions", key) from error
+                raise
 
     def _check_same(self, key: str, old: Version, although: str = "") -> None:
         try:
@@ -237,11 +238,7 @@ class S3Store(Store):
             if self._replaces or self._refuses_another_tag(key):
                 self._replaces = True
                 return
-        raise UnsafeStoreError(
-            "this store ignores `If-Match`, so what another writer has just put there could be replaced unseen; if there is only one"
-            " writer, say S3Options(single_writer=True)",
-            key=key,
-        )
+        raise _unsafe("ignores `If-Match`", key)
 
     def _refuses_another_tag(self, key: str) -> bool:
         folder = key.rpartition("/")[0] or self._folder
@@ -392,6 +389,14 @@ class S3Store(Store):
                     )
                 target = target[count:]
                 self._progress()
+
+
+def _unsafe(what: str, key: str) -> UnsafeStoreError:
+    return UnsafeStoreError(
+        f"this store {what}, so one of two writers could undo unseen what the other has just done; if there is only one, say"
+        " S3Options(single_writer=True)",
+        key=key,
+    )
 
 
 @contextmanager
