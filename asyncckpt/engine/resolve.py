@@ -112,7 +112,7 @@ def _ranked(
         try:
             rank = choice.rank(read_record(store, step).metrics)
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
-            _pass_over(step, error, damaged, hooks)
+            _pass_over(step, error, damaged, hooks, callers=7)
         except errors.FormatVersionError as error:
             error.message += f"; until then, choose a step by its number: {choice} cannot rank this one"
             raise
@@ -125,14 +125,19 @@ def _ranked(
 
 
 def _pass_over(
-    step: int, error: errors.CheckpointError, damaged: dict[int, errors.CheckpointError], hooks: events.Hooks
+    step: int,
+    error: errors.CheckpointError,
+    damaged: dict[int, errors.CheckpointError],
+    hooks: events.Hooks,
+    *,
+    callers: int = 5,
 ) -> None:
+    """Note and tell the damage. `callers`: frames from here to the user's own, which the warning names."""
     damaged[step] = error.at(step=step)
     _forget_locals(error)
     hooks(events.DamageFound(step, error))
-    warnings.warn(
-        f"checkpoint {step} cannot be restored and was passed over: {type(error).__name__}: {error}", stacklevel=5
-    )
+    text = f"checkpoint {step} cannot be restored and was passed over: {type(error).__name__}: {error}"
+    warnings.warn(text, stacklevel=callers)
 
 
 def _forget_locals(error: BaseException | None) -> None:
