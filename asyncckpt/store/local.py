@@ -134,7 +134,11 @@ class LocalStore(Store):
             return
         with translated("remove", key), self._records.held(key), suppress(ObjectNotFoundError):
             self._check_same(key, old)
-            self.delete([key])
+            try:
+                self.delete([key])
+            except StoreError as error:
+                error.unanswered = True  # it may have lost its name, and not durably
+                raise
 
     def _check_same(self, key: str, old: Version) -> None:
         try:

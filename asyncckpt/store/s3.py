@@ -20,9 +20,10 @@ from asyncckpt.errors import (
 )
 from asyncckpt.options import S3Options
 from asyncckpt.store.base import Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
+from asyncckpt.store.s3_answers import entries
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
-from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, status_of, translated
+from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated
 from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
 
 _DELETE_BATCH = 1000  # what DeleteObjects takes
@@ -82,19 +83,22 @@ class S3Store(Store):
             if status_of(error.__cause__) != 501:
                 raise
             if not self._options.single_writer:
-                raise UnsafeStoreError(
-                    "this store refuses `If-None-Match`, so two writers could take one step; if there is only one, say"
-                    " S3Options(single_writer=True)",
-                    key=key,
-                ) from error
+                raise _unsafe("refuses `If-None-Match`", key) from error
             self._put(key, data, **params)
 
-    def start_upload(self, key: str) -> "S3Upload":
-        name = self._key(key)
+    def start_upload(self, key: str) -> S3Upload:
         rung = self._rung(key)
+        try:
+            return self._start_upload(key, rung)
+        except StoreError as error:
+            if self._checksums.is_settled() or not refuses(error):
+                raise
+            return self._start_upload(key, "md5")
+
+    def _start_upload(self, key: str, rung: Rung) -> S3Upload:
         announced = {"ChecksumAlgorithm": ALGORITHMS[rung]} if rung in ALGORITHMS else {}
         try:
-            answer = self._ask("create_multipart_upload", key, Key=name, **announced)
+            answer = self._ask("create_multipart_upload", key, Key=self._key(key), **announced)
         except TransientStoreError:
             self._lost_starts.add(key)  # it may have begun, and nobody was told its id
             raise
@@ -161,19 +165,17 @@ class S3Store(Store):
             params["StartAfter"] = self._prefix + start_after
         while True:
             page = self._ask("list_objects_v2", prefix, **params)
-            self._check_name(page.get("Name", ""))
-            found = [
-                Entry(item["Key"][len(self._prefix) :], item["Size"], item["LastModified"].timestamp())
-                for item in page.get("Contents", ())
-            ]
-            found += [Entry(item["Prefix"][len(self._prefix) :]) for item in page.get("CommonPrefixes", ())]
+            found = entries(page, self._bucket, self._prefix)
             for entry in sorted(found, key=lambda entry: entry.key):
                 folded = delimiter and entry.is_prefix
                 if is_key(entry.key[:-1] if folded else entry.key) and entry.key > start_after:
                     yield entry
+            token = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
                 return
-            params["ContinuationToken"] = page["NextContinuationToken"]
+            if not token or token == params.get("ContinuationToken"):
+                raise TransientStoreError("a listing goes on, and does not say where", key=prefix)
+            params["ContinuationToken"] = token
 
     def get_version(self, key: str, *, max_bytes: int) -> Version:
         answer = self._ask("get_object", key, Key=self._key(key))
@@ -215,7 +217,12 @@ class S3Store(Store):
                 condition = {}
                 with _around_the_put(unanswered=False):
                     self._check_same(key, old)
-            self._ask("delete_object", key, Key=self._key(key), **condition)
+            try:
+                self._ask("delete_object", key, Key=self._key(key), **condition)
+            except StoreError as error:
+                if condition and status_of(error.__cause__) == 501:
+                    raise _unsafe("refuses `If-Match` for deletions", key) from error
+                raise
 
     def _check_same(self, key: str, old: Version, although: str = "") -> None:
         try:
@@ -231,11 +238,7 @@ class S3Store(Store):
             if self._replaces or self._refuses_another_tag(key):
                 self._replaces = True
                 return
-        raise UnsafeStoreError(
-            "this store ignores `If-Match`, so what another writer has just put there could be replaced unseen; if there is only one"
-            " writer, say S3Options(single_writer=True)",
-            key=key,
-        )
+        raise _unsafe("ignores `If-Match`", key)
 
     def _refuses_another_tag(self, key: str) -> bool:
         folder = key.rpartition("/")[0] or self._folder
@@ -284,7 +287,7 @@ class S3Store(Store):
                 cause = ClientError(
                     {"Error": {"Code": failed.get("Code", ""), "Message": failed.get("Message", "")}}, "x"
                 )
-                raise mapped(cause, "delete_objects", failed["Key"][len(self._prefix) :])
+                raise mapped(cause, "delete_objects", str(failed.get("Key", ""))[len(self._prefix) :])
         return True
 
     def close(self) -> None:
@@ -315,6 +318,8 @@ class S3Store(Store):
             self._progress()
             try:
                 return getattr(client, operation)(Bucket=self._bucket, **params)
+            except ValueError as error:  # botocore's, of a date or a number that is none
+                raise TransientStoreError(f"{operation}: this answer is not S3's: {redact(str(error))}") from error
             except ClientError as error:
                 if code_of(error) not in _EXPIRED:
                     raise
@@ -360,11 +365,6 @@ class S3Store(Store):
         self._checksums.verify(rung, sent, answer, key, part)
         return answer, sent
 
-    def _check_name(self, name: str) -> None:
-        """A listing names its bucket; an alias of an access point stands for one of another name."""
-        if name != self._bucket and not (name and self._bucket.endswith(("-s3alias", "--ol-s3"))):
-            raise TransientStoreError(f"the store listed {name[:100]!r} when bucket {self._bucket!r} was asked for")
-
     def _send(self, operation: str, key: str, **params: Any) -> Any:
         """`_ask` with a body, from its beginning, without the question beforehand while all goes well."""
         if isinstance(params["Body"], Body):
@@ -389,6 +389,14 @@ class S3Store(Store):
                     )
                 target = target[count:]
                 self._progress()
+
+
+def _unsafe(what: str, key: str) -> UnsafeStoreError:
+    return UnsafeStoreError(
+        f"this store {what}, so one of two writers could undo unseen what the other has just done; if there is only one, say"
+        " S3Options(single_writer=True)",
+        key=key,
+    )
 
 
 @contextmanager

@@ -5,11 +5,12 @@ it says nothing about what was asked, so it is worth another try, and at the dea
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from asyncckpt.errors import TransientStoreError
+from asyncckpt.store.base import Entry
 from asyncckpt.store.s3_errors import redact
 
 _TOLD_CHARACTERS = 80
@@ -50,6 +51,24 @@ def judging(endpoint_url: str) -> Callable[..., None]:
             )
 
     return judge
+
+
+def entries(page: Mapping[str, Any], bucket: str, prefix: str) -> list[Entry]:
+    """The lines of one page of a listing, keys below the prefix. `TransientStoreError` if it is of another bucket or lacks something.
+
+    Every listing names its bucket; for an alias of an access point the name may be another one.
+    """
+    name = str(page.get("Name", ""))
+    if name != bucket and not (name and bucket.endswith(("-s3alias", "--ol-s3"))):
+        raise TransientStoreError(f"the store listed {name[:100]!r} when bucket {bucket!r} was asked for")
+    try:
+        found = [
+            Entry(item["Key"][len(prefix) :], item["Size"], item["LastModified"].timestamp())
+            for item in page.get("Contents", ())
+        ]
+        return found + [Entry(item["Prefix"][len(prefix) :]) for item in page.get("CommonPrefixes", ())]
+    except KeyError as error:
+        raise TransientStoreError(f"a line of a listing has no {error}") from error
 
 
 def _unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:

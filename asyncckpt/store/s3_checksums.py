@@ -47,14 +47,19 @@ class Checksums:
         self._changes: Counter[tuple[str, int]] = Counter()
 
     def rung(self, key: str, *, signed: bool) -> Rung:
-        """Of a put to `key`; asks the store the first time that the key has a folder. `signed`: S3 verifies a SHA-256 anyway."""
-        with self._lock:
-            if self._settled is None and signed:
-                self._settled = "none"
-            folder = key.rpartition("/")[0]
-            if self._settled is None and folder:
-                self._settled = self._asked(f"{folder}/probe")
-            return self._settled or "crc32c"
+        """Of a put to `key`; asks the store the first time that the key has a folder. `signed`: S3 verifies a SHA-256 anyway.
+
+        Until it is settled puts carry CRC32C, also those beside the one that asks: nobody waits for somebody else's outage.
+        """
+        folder = key.rpartition("/")[0]
+        if self._settled is None and signed:
+            self._settled = "none"
+        if self._settled is None and folder and self._lock.acquire(blocking=False):
+            try:
+                self._settled = self._settled or self._asked(f"{folder}/probe")
+            finally:
+                self._lock.release()
+        return self._settled or "crc32c"
 
     def is_settled(self) -> bool:
         """Whether `rung` is what the store was found, or is said, to verify."""

@@ -77,11 +77,12 @@ class Objects:
         with self._lock:
             self._held(bucket)
 
-    def put(self, bucket: str, key: str, content: Content, *, if_absent: bool) -> None:
+    def put(self, bucket: str, key: str, content: Content, *, if_absent: bool, if_match: str | None = None) -> None:
         with self._lock:
             held = self._held(bucket)
             if if_absent and key in held:
                 raise RefusedError(412, "PreconditionFailed")
+            _match(held, key, if_match)
             held[key] = content
 
     def get(self, bucket: str, key: str) -> Content:
@@ -91,10 +92,11 @@ class Objects:
             raise RefusedError(404, "NoSuchKey")
         return found
 
-    def delete(self, bucket: str, keys: Sequence[str]) -> None:
+    def delete(self, bucket: str, keys: Sequence[str], *, if_match: str | None = None) -> None:
         with self._lock:
             held = self._held(bucket)
             for key in keys:
+                _match(held, key, if_match)
                 held.pop(key, None)
 
     def start_upload(self, bucket: str, key: str) -> str:
@@ -171,6 +173,14 @@ class Objects:
         if upload_id not in self._uploads:
             raise RefusedError(404, "NoSuchUpload")
         return self._uploads[upload_id]
+
+
+def _match(held: dict[str, Content], key: str, etag: str | None) -> None:
+    """Refuse, where a tag is stated and the object is another one or none."""
+    if etag is not None and key not in held:
+        raise RefusedError(404, "NoSuchKey")
+    if etag is not None and held[key].etag != etag:
+        raise RefusedError(412, "PreconditionFailed")
 
 
 def _folded(held: list[tuple[str, Content]], prefix: str, delimiter: str) -> Iterator[tuple[str, bool, Content]]:

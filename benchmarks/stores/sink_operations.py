@@ -59,7 +59,8 @@ def _head_bucket(objects: Objects, request: Request, _body: Content) -> Answer:
 
 
 def _put(objects: Objects, request: Request, body: Content) -> Answer:
-    objects.put(request.bucket, request.key, body, if_absent=_if_absent(request))
+    if_match = request.headers.get("if-match")
+    objects.put(request.bucket, request.key, body, if_absent=_if_absent(request), if_match=if_match)
     return Answer(200, {"ETag": body.etag})
 
 
@@ -98,7 +99,7 @@ def _get(objects: Objects, request: Request, _body: Content) -> Answer:
 
 
 def _delete(objects: Objects, request: Request, _body: Content) -> Answer:
-    objects.delete(request.bucket, [request.key])
+    objects.delete(request.bucket, [request.key], if_match=request.headers.get("if-match"))
     return Answer(204, {})
 
 

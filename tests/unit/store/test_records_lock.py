@@ -5,7 +5,7 @@ import fcntl
 import logging
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,17 @@ from asyncckpt.store.local import LocalStore
 from asyncckpt.store.records_lock import RecordsLock
 
 _PLAYER = """
-import sys
+import sys, time
 from asyncckpt.errors import ObjectChangedError, ObjectExistsError, ObjectNotFoundError
 from asyncckpt.store.local import LocalStore
+class Store(LocalStore):
+    def _check_same(self, key, old):
+        super()._check_same(key, old)
+        time.sleep(0.002)  # all that may happen between the look and the deed
 root, number = sys.argv[1], int(sys.argv[2])
+sys.stdin.readline()
 for turn in range(60):
-    with LocalStore(root) as store:  # and close() tries to take the lock's file away
+    with Store(root) as store:  # and close() tries to take the lock's file away
         mine = f"{number}-{turn}"
         try:
             old = store.get_version("record", max_bytes=100)
@@ -49,11 +54,12 @@ def lock(tmp_path: Path) -> RecordsLock:
 
 def test_processes_end_each_record_once_while_the_lock_file_comes_and_goes(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    players = [
-        subprocess.Popen([sys.executable, "-c", _PLAYER, str(root), str(number)], stdout=subprocess.PIPE, text=True)
-        for number in range(4)
-    ]
-    lines = [line.split() for player in players for line in player.communicate(timeout=100)[0].splitlines()]
+    command = [sys.executable, "-c", _PLAYER, str(root)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    players = [subprocess.Popen([*command, str(number)], **pipes) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:  # all begin when all are told to
+        told = list(threads.map(lambda player: player.communicate("go\n", timeout=100)[0], players))
+    lines = [line.split() for text in told for line in text.splitlines()]
     assert [player.returncode for player in players] == [0] * 4
     replaced = [old for old, new in lines if "-" not in (old, new)]
     ended = {old for old, _ in lines} - {"-"}
@@ -64,22 +70,23 @@ def test_processes_end_each_record_once_while_the_lock_file_comes_and_goes(tmp_p
     assert begun - ended == set(found)
 
 
-def test_who_waits_on_a_lock_file_that_is_taken_away_makes_another(lock: RecordsLock, tmp_path: Path) -> None:
+def test_a_lock_on_a_file_that_lost_its_name_counts_for_nothing(
+    lock: RecordsLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking somebody may take the file away, and a third one make another."""
     path = tmp_path / "made" / records_lock.NAME
-    entered = threading.Event()
-    with lock.held("key"):
-        path.unlink()  # as a hand may do; `remove` never does while it is held
+    real, swaps = fcntl.flock, ["once"]
 
-        def enter() -> None:
-            with lock.held("key"):
-                assert path.exists()
-                entered.set()
+    def swapping(descriptor: int, operation: int) -> None:
+        if swaps:
+            swaps.pop()
+            path.unlink()
+            path.touch()
+        real(descriptor, operation)
 
-        waiting = threading.Thread(target=enter)
-        waiting.start()
-        assert entered.wait(30)
-    waiting.join(30)
-    assert path.exists()
+    monkeypatch.setattr(fcntl, "flock", swapping)
+    with lock.held("key"), path.open("r+b") as other, pytest.raises(BlockingIOError):
+        real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_file_of_a_held_lock_is_not_taken_away(lock: RecordsLock, tmp_path: Path) -> None:

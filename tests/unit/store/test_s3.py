@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from asyncckpt.errors import (
+    ObjectChangedError,
     ObjectExistsError,
+    ObjectNotFoundError,
     StoreAuthError,
     StoreError,
     StoreNotFoundError,
@@ -306,3 +308,80 @@ def test_a_slow_server_is_waited_for(proxy: Proxy, proxied: S3Store) -> None:
     proxied.put("a", [b"x"])
     assert time.monotonic() - started_s >= 0.1
     assert proxied.get("a", max_bytes=1) == b"x"
+
+
+def test_a_store_that_refuses_the_condition_of_a_deletion_is_unsafe(store: S3Store) -> None:
+    intercept(
+        store, "DeleteObject", lambda request: refusal(501, "NotImplemented") if "If-Match" in request.headers else None
+    )
+    store.put("a", [b"x"])
+    with pytest.raises(UnsafeStoreError, match="single_writer=True"):
+        store.remove("a", store.get_version("a", max_bytes=1))
+    assert store.get("a", max_bytes=1) == b"x"
+
+
+@pytest.mark.parametrize(("code", "kind"), [("NoSuchKey", ObjectNotFoundError), ("NoSuchBucket", StoreNotFoundError)])
+def test_a_404_of_a_replacement_says_what_is_gone(store: S3Store, code: str, kind: type[StoreError]) -> None:
+    store.put("a", [b"x"])
+    old = store.get_version("a", max_bytes=1)
+    store.replace("a", [b"y"], old)
+    intercept(store, "PutObject", lambda _: refusal(404, code))
+    with pytest.raises(kind):
+        store.replace("a", [b"z"], old)
+
+
+def test_a_conflict_of_a_replacement_is_worth_another_try_and_changed_nothing(store: S3Store) -> None:
+    store.put("a", [b"x"])
+    old = store.get_version("a", max_bytes=1)
+    store.replace("a", [b"y"], old)
+    intercept(store, "PutObject", lambda _: refusal(409, "ConditionalRequestConflict"))
+    with pytest.raises(TransientStoreError) as caught:
+        store.replace("a", [b"z"], old)
+    assert not caught.value.unanswered
+
+
+def test_a_lost_answer_of_a_replacement_reads_as_changed(proxy: Proxy, proxied: S3Store) -> None:
+    store = RetryingStore(proxied, QUICK)
+    store.put("record", [b"first"])
+    store.replace("record", [b"second"], store.get_version("record", max_bytes=100))
+    old = store.get_version("record", max_bytes=100)
+    proxy.drop_responses = 1
+    with pytest.raises(ObjectChangedError) as caught:
+        store.replace("record", [b"mine"], old)
+    assert caught.value.unanswered
+    assert store.get("record", max_bytes=100) == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("answered", "unanswered"),
+    [
+        ((503, "SlowDown"), False),
+        ((500, "InternalError"), True),
+        ((503, "ServiceUnavailable"), True),
+        ((429, ""), False),
+    ],
+)
+def test_an_answer_says_whether_anything_may_have_been_done(
+    store: S3Store, answered: tuple[int, str], unanswered: bool
+) -> None:
+    intercept(store, "PutObject", lambda _: refusal(*answered))
+    with pytest.raises(TransientStoreError) as caught:
+        store.put("record", [b"x"], if_absent=True)
+    assert caught.value.unanswered is unanswered
+
+
+def test_what_never_left_this_host_has_changed_nothing(proxy: Proxy, proxied: S3Store) -> None:
+    proxied.put("a/b", [b"x"])
+    proxy.close()
+    proxied.close()
+    with pytest.raises(TransientStoreError) as caught:
+        proxied.put("record", [b"x"], if_absent=True)
+    assert not caught.value.unanswered
+
+
+def test_a_put_whose_answer_was_lost_is_unanswered(proxy: Proxy, proxied: S3Store) -> None:
+    proxied.put("a/b", [b"x"])
+    proxy.drop_responses = 1
+    with pytest.raises(TransientStoreError) as caught:
+        proxied.put("record", [b"x"], if_absent=True)
+    assert caught.value.unanswered

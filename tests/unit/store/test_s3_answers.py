@@ -148,3 +148,24 @@ def test_a_get_without_a_length_is_a_typed_error(store: S3Store) -> None:
     intercept(store, "GetObject", lambda _: answer(200, "content", {"ETag": '"a"', "Transfer-Encoding": "chunked"}))
     with pytest.raises(StoreError, match="content-length"):
         store.get("key", max_bytes=100)
+
+
+@pytest.mark.parametrize(("size", "date"), [("5", "yesterday"), ("five", "2026-11-28T19:43:15.000Z")])
+def test_a_number_or_a_date_that_is_none_is_worth_another_try(store: S3Store, size: str, date: str) -> None:
+    item = f"<Contents><Key>run/a</Key><Size>{size}</Size><LastModified>{date}</LastModified></Contents>"
+    page = f"<ListBucketResult><Name>{store._bucket}</Name>{item}</ListBucketResult>"
+    intercept(store, "ListObjectsV2", lambda _: answer(200, page))
+    with pytest.raises(TransientStoreError):
+        list(store.list())
+    intercept(
+        store, "HeadObject", lambda _: answer(200, "", {"ETag": "a", "Content-Length": size, "Last-Modified": date})
+    )
+    with pytest.raises(TransientStoreError):
+        store.head("key")
+
+
+def test_a_listing_without_what_each_line_has_is_worth_another_try(store: S3Store) -> None:
+    page = f"<ListBucketResult><Name>{store._bucket}</Name><Contents><Key>run/a</Key></Contents></ListBucketResult>"
+    intercept(store, "ListObjectsV2", lambda _: answer(200, page))
+    with pytest.raises(TransientStoreError):
+        list(store.list())

@@ -69,3 +69,18 @@ def test_a_body_can_be_hashed_by_pieces() -> None:
 @pytest.mark.parametrize(("size", "kind"), [(0, bytes), (2**16, bytes), (2**16 + 1, Body)])
 def test_only_a_large_body_is_a_file(size: int, kind: type) -> None:
     assert type(body_of([bytes(size)], nothing)) is kind
+
+
+@given(sizes=SIZES, asked=st.sampled_from([1000, 16_384, 2**18, 2**21]), start=st.integers(0, 400_000))
+def test_a_body_fills_what_it_is_given_and_no_more(sizes: list[int], asked: int, start: int) -> None:
+    """The signer of awscrt, which botocore uses where it is installed, reads so."""
+    whole = b"".join(buffers_of(sizes))
+    body = Body(buffers_of(sizes), nothing)
+    body.seek(start)
+    found = bytearray()
+    target = bytearray(asked)
+    while count := body.readinto(target):
+        assert count == min(asked, len(whole) - start - len(found))
+        found += target[:count]
+    assert bytes(found) == whole[start:]
+    assert body.tell() == len(whole)

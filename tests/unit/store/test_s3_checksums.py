@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import logging
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -248,3 +249,39 @@ def test_a_store_that_ignores_if_match_replaces_nothing(rclone_endpoint: str, rc
         assert not caught.value.unanswered
         assert store.get("key", max_bytes=10) == b"first"
         assert [entry.key for entry in store.list()] == ["a/own", "key"]
+
+
+def test_puts_beside_the_one_that_asks_wait_for_nobody(store: S3Store) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hold(request: Any) -> None:
+        if request.url.endswith("/probe"):
+            asked.set()
+            assert go_on.wait(30)
+
+    intercept(store, "PutObject", hold)
+    asking = threading.Thread(target=store.put, args=("a/first", BIG))
+    asking.start()
+    assert asked.wait(30)
+    seen = requests_of(store, "PutObject")
+    store.put("a/beside", BIG)
+    upload = store.start_upload("a/upload")
+    upload.write(1, 0, BIG)
+    upload.complete()
+    assert HEADERS["crc32c"] in seen[0]
+    go_on.set()
+    asking.join(30)
+    assert [entry.key for entry in store.list()] == ["a/beside", "a/first", "a/upload"]
+
+
+def test_an_upload_whose_algorithm_is_refused_before_that_is_known_does_without(store: S3Store) -> None:
+    def refuse(request: Any) -> Any:
+        return refusal(501, "NotImplemented") if "x-amz-checksum-algorithm" in request.headers else None
+
+    intercept(store, "CreateMultipartUpload", refuse)
+    upload = store.start_upload("upload")
+    seen = requests_of(store, "UploadPart")
+    upload.write(1, 0, BIG)
+    upload.complete()
+    assert "content-md5" in seen[0]
+    assert store.get("upload", max_bytes=10**6) == b"".join(BIG)
