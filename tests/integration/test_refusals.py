@@ -12,6 +12,7 @@ import pytest
 import asyncckpt
 from asyncckpt import RetryPolicy, Run, S3Options, Saver, errors
 from tests.processes import PATIENCE_S
+from tests.records import change_record
 from tests.training import Training, assert_numbered, assert_same, numbered
 
 QUICK = RetryPolicy(deadline_s=1.0, first_wait_s=0.05, max_wait_s=0.2)
@@ -195,18 +196,19 @@ def test_a_checkpoint_that_was_harmed_falls_back_is_set_aside_and_saved_again(tw
     assert_numbered(asyncckpt.load(root), 2)
 
 
-def test_a_checkpoint_of_an_unknown_version_falls_back_and_is_never_overwritten(two_steps):
+def test_a_checkpoint_of_a_newer_version_is_not_passed_over_in_silence_and_never_overwritten(two_steps):
     root, _, record = two_steps
-    record.write_text(record.read_text().replace('"format": 1', '"format": 99'))
+    with Run(root) as run:
+        change_record(run._store, 2, format=99)
     before = record.read_bytes()
-    with pytest.raises(errors.RecordError, match="upgrade") as raised:
-        asyncckpt.load(root, step=2)
+    with pytest.raises(errors.FormatVersionError, match="format 99") as raised:
+        asyncckpt.load(root)
     assert raised.value.step == 2
     assert raised.value.key == record.name
-    saver = Saver(root)
-    with pytest.warns(UserWarning, match="format 99"):
-        assert saver.restore(numbered(0)).step == 1
-    with pytest.raises(errors.CheckpointConflictError):
-        saver.save(2, numbered(2)).result(PATIENCE_S)
-    saver.close()
+    with Saver(root) as saver:
+        with pytest.raises(errors.FormatVersionError):
+            saver.restore(numbered(0))
+        assert saver.restore(numbered(0), step=1).step == 1
+        with pytest.raises(errors.CheckpointConflictError):
+            saver.save(2, numbered(2)).result(PATIENCE_S)
     assert record.read_bytes() == before
