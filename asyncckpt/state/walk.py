@@ -25,6 +25,10 @@ BYTES = "bytes"
 LEAVES = ("tensor", "ndarray", BYTES)
 """Tree leaves whose content is a tensor."""
 LONG_BYTES = 2**20
+"""From this length on. Pickled, 1 MiB takes 5 ms to write, 10 to read and 1.5 times its size; as a tensor it costs a copy.
+
+But a tensor of another length is another structure, which must be planned anew, so short ones stay values.
+"""
 OPTIMIZER = "optimizer"
 """Token in front of an optimizer: the next of `Walk.optimizers` stands here."""
 
