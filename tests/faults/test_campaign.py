@@ -6,13 +6,13 @@ import pytest
 
 from tests.faults.campaign import VICTIMS, Verdict, drawn, in_parallel, rehearsed, run, systematic
 from tests.faults.fates import KILLS, REQUEST_FAULTS, Case
-from tests.faults.places import MemoryPlace
+from tests.faults.places import PLACES, MemoryPlace
 from tests.faults.requests import ForgetfulStore, HidingStore, OverwritingStore, UnconditionalStore
 from tests.faults.scenarios import SCENARIOS
 
 pytestmark = pytest.mark.slow
 JOBS = 2
-SEEDS = range(1000, 1180)
+SEEDS = range(1000, 1100)
 
 
 def assert_sound(cases):
@@ -43,8 +43,8 @@ def test_dice_for_every_scenario_lose_nothing():
     )
 
 
-def test_every_kill_at_every_file_operation_of_a_save_loses_nothing():
-    cases = systematic("save", "local", KILLS)
+def test_a_kill_at_every_file_operation_of_a_save_loses_nothing():
+    cases = systematic("save", "local", ["kill-after"])
     assert {case.at.split(":")[1] for case in cases} >= {"link", "fsync", "pwritev", "unlink", "mkdir"}
     assert all(verdict.fired for verdict in assert_sound(cases))
 
@@ -52,18 +52,18 @@ def test_every_kill_at_every_file_operation_of_a_save_loses_nothing():
 @pytest.mark.parametrize("scenario", ["retention", "rewind", "replace"])
 def test_kills_at_some_file_operations_lose_nothing(scenario):
     cases = systematic(scenario, "local", KILLS)
-    assert_sound(random.Random(scenario).sample(cases, 25))
+    assert_sound(random.Random(scenario).sample(cases, 12))
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_whoever_is_killed_at_a_workers_file_operation_nothing_is_lost(victim):
     cases = [case for case in systematic("save", "service") if case.victim == victim]
-    assert_sound(random.Random(victim).sample(cases, 3))
+    assert_sound(random.Random(victim).sample(cases, 2))
 
 
 def test_a_real_s3_server_behind_a_proxy_that_fails_loses_nothing():
     cases = systematic("retention", "s3", (*KILLS, "lost-answer", "late", "doubled"))
-    assert_sound(random.Random("s3").sample(cases, 10))
+    assert_sound(random.Random("s3").sample(cases, 6))
 
 
 def lost_with(make, scenario, faults) -> list[Verdict]:
@@ -95,11 +95,12 @@ def test_a_case_runs_again_as_it_ran():
     assert run(case).fired
 
 
-def test_the_campaign_kills_in_every_scenario_at_every_store():
-    cases = list(drawn(2000, seed=1))
+def test_the_campaign_kills_at_every_store_whoever_may_die_and_throws_dice():
+    cases = list(drawn(2000, seed=1, scenarios=("save", "rewind")))
     killed = {(case.scenario, case.store) for case in cases if case.fault in KILLS}
-    assert killed >= {(scenario, store) for scenario in SCENARIOS for store in ("memory", "local")}
+    assert killed >= {(scenario, store) for scenario in ("save", "rewind") for store in ("memory", "local")}
     assert {case.victim for case in cases if case.store == "service"} == set(VICTIMS)
+    assert {case.store for case in cases} == set(PLACES)
     assert len({case.seed for case in cases if case.seed is not None}) > 300
 
 
