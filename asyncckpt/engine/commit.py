@@ -169,10 +169,10 @@ class _RecordPut:
             else:
                 self._store.replace(self._key, [self._data], old)
         except (errors.ObjectExistsError, errors.ObjectChangedError, errors.ObjectNotFoundError) as error:
-            self.unanswered = self.unanswered or had_no_answer(error)
+            self.unanswered = self.unanswered or error.unanswered
             return "refused"
         except errors.StoreError as error:
-            self.unanswered = self.unanswered or had_no_answer(error)
+            self.unanswered = self.unanswered or error.unanswered
             if not self.unanswered or not self._arrived():
                 raise
             return "stands"
@@ -202,13 +202,6 @@ class _RecordPut:
             return held(self._store, standing)
         except (errors.ObjectChangedError, errors.ObjectNotFoundError):
             return None
-
-
-def had_no_answer(error: errors.StoreError) -> bool:
-    """Whether a request that failed so may still take effect, or has: a send of it had no answer that is the store's."""
-    return isinstance(error, errors.TransientStoreError | errors.DeadlineExceededError) or bool(
-        getattr(error, "unanswered", False)
-    )
 
 
 def _probe(store: Store, key: str, data: bytes) -> None:
