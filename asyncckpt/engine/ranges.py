@@ -112,12 +112,18 @@ def plan_fetch(
     for tensor in sorted(_named(index, paths), key=lambda tensor: (tensor.path in own, *_stored_at(tensor))):
         path = tensor.path
         start = -(-end // ALIGN_BYTES) * ALIGN_BYTES + (ALIGN_BYTES if path in own else 0)
-        window = whole_of(tensor) if boxes is None else _checked(tensor, boxes.get(path, whole_of(tensor)))
-        for slot in slots_of(tensor, window, start):
+        box = None if boxes is None else boxes.get(path)
+        if box is None and len(tensor.chunks) == 1:  # most are
+            found: Iterable[Slot] = (Slot(tensor, tensor.chunks[0], start, None),)
+            end = start + tensor.chunks[0].raw_bytes
+        else:
+            window = whole_of(tensor) if box is None else _checked(tensor, box)
+            found = slots_of(tensor, window, start)
+            end = start + math.prod(window[1]) * DTYPES[tensor.dtype].element_bytes
+        for slot in found:
             if slot.chunk.raw_bytes:
                 by_shard.setdefault(slot.chunk.shard, []).append(len(slots))
                 slots.append(slot)
-        end = start + math.prod(window[1]) * DTYPES[tensor.dtype].element_bytes
         places[path] = (start, end - start)
         target_bytes = target_bytes if path in own else end
     requests: list[Request] = []
@@ -183,6 +189,10 @@ def _blocks(finder: BlockFinder, wanted: Sequence[int], slots: Sequence[Slot]) -
             waiting = {}
         elif chunk.raw_offset + chunk.raw_bytes <= end and len(waiting) == 1:  # 20,000 small ones share a few blocks
             (block,) = waiting.values()
+            if placing is None:
+                begin = chunk.raw_offset - block.stored.raw_offset
+                block.pieces.append(Piece(begin, chunk.raw_bytes, number, 0, start))
+                continue
             _add(block, number, chunk, start, placing)
             continue
         for stored in finder.blocks(tensor, chunk):
