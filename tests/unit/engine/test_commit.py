@@ -390,8 +390,8 @@ def test_a_record_that_arrives_late_is_complete_and_a_later_save_of_the_step_fin
             if key == RECORD:
                 late.append(bytes(data[0]))
                 failure = errors.DeadlineExceededError("no answer for ten minutes")
-            failure.unanswered = True
-            raise failure
+                failure.unanswered = True
+                raise failure
             super().put(key, data, if_absent=if_absent)
 
     with pytest.raises(errors.CommitUnknownError):
