@@ -15,6 +15,7 @@ from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
 from asyncckpt.format import keys
 from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import compress
+from asyncckpt.format.index import check_readable
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.record import FileRef, Record
 from asyncckpt.store.base import Store, Version
@@ -53,7 +54,9 @@ def commit(
     """
     started = time.perf_counter()
     folder = keys.folder(job.step, job.attempt)
-    index = compress(builder.build(receipts, digests, folder))
+    text = builder.build(receipts, digests, folder)
+    index = compress(text)
+    check_readable(text, len(index))
     files = {folder + "index.json.zst": index, folder + "state.pt": state}
     refs = {key: FileRef(key=key, bytes=len(data), digest=digest(data).hex()) for key, data in files.items()}
     puts = [functools.partial(store.put, key, [data]) for key, data in files.items()]

@@ -62,9 +62,8 @@ class Index:
     @classmethod
     def unpack(cls, stored: Buffer) -> "Index":
         """`parse` of an index object as it is stored; refused as newer, before it takes memory, if its text is out of all proportion."""
-        most_bytes = min(limits.INDEX_BYTES, limits.INDEX_BASE_BYTES + limits.INDEX_RATIO * len(stored))
         try:
-            text = decompress(stored, most_bytes)
+            text = decompress(stored, _most_bytes(len(stored)))
         except ResourceLimitError as error:
             raise newer(f"of its index, {error}") from error
         return cls.parse(text)
@@ -83,6 +82,19 @@ class Index:
                 return _parse(data)
         except ResourceLimitError as error:
             raise newer(str(error)) from error
+
+
+def check_readable(text: bytes, stored_bytes: int) -> None:
+    """`ResourceLimitError` for an index that no reader would take; its writer asks before the record exists."""
+    if len(text) > _most_bytes(stored_bytes):
+        raise ResourceLimitError(
+            f"an index of {len(text)} bytes, {stored_bytes} stored, is above {_most_bytes(stored_bytes)}"
+        )
+    strict_json.check_count(text, "index", limits.INDEX_VALUES)
+
+
+def _most_bytes(stored_bytes: int) -> int:
+    return min(limits.INDEX_BYTES, limits.INDEX_BASE_BYTES + limits.INDEX_RATIO * stored_bytes)
 
 
 def _parse(data: bytes) -> Index:

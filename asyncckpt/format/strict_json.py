@@ -21,8 +21,7 @@ def parse(data: bytes, what: str, *, max_values: int, error: type[CorruptCheckpo
 
     Raises `error`, or `ResourceLimitError` for more than about `max_values` values: `[],[],[]` needs 20 times its length.
     """
-    if data.count(b",") + data.count(b"[") + data.count(b"{") > max_values:
-        raise ResourceLimitError(f"{what} holds more than {max_values} values")
+    check_count(data, what, max_values)
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
     except RecursionError as cause:
@@ -30,6 +29,12 @@ def parse(data: bytes, what: str, *, max_values: int, error: type[CorruptCheckpo
     except ValueError as cause:
         reason = str(cause)[:200] if isinstance(cause, _RefusedError | json.JSONDecodeError) else type(cause).__name__
         raise error(f"{what} is not valid: {reason}") from cause
+
+
+def check_count(data: bytes, what: str, max_values: int) -> None:
+    """`ResourceLimitError` for a text of more than about `max_values` values: commas and opening brackets are counted."""
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > max_values:
+        raise ResourceLimitError(f"{what} holds more than {max_values} values")
 
 
 def check(value: Any, what: str, *, max_depth: int, max_int: int = limits.SIZE) -> Any:

@@ -12,7 +12,7 @@ from asyncckpt.checkpoints import removal
 from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine import commit as commits
 from asyncckpt.engine.job import SaveJob
-from asyncckpt.format import keys
+from asyncckpt.format import keys, limits
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import plan
 from asyncckpt.format.record import Record
@@ -549,3 +549,13 @@ def test_exists_tells_whether_the_step_is_taken(taken):
     job = Attempt(store).job
     assert commits.exists(store, job) is taken
     assert not commits.exists(store, replace(job, step=11))
+
+
+@pytest.mark.parametrize("limit", ["INDEX_BYTES", "INDEX_BASE_BYTES", "INDEX_VALUES"])
+def test_an_index_that_no_reader_would_take_is_never_committed(monkeypatch, limit):
+    store = MemoryStore()
+    monkeypatch.setattr(limits, "INDEX_RATIO", 0)
+    monkeypatch.setattr(limits, limit, 10)
+    with pytest.raises(errors.ResourceLimitError):
+        Attempt(store).commit()
+    assert RECORD not in names(store)
