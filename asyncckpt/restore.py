@@ -18,7 +18,7 @@ from asyncckpt.checkpoints.marks import mark_damaged, unmark
 from asyncckpt.collector import seldom
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_values
 from asyncckpt.engine.resolve import first_good
-from asyncckpt.format import keys, limits
+from asyncckpt.format import keys
 from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.lineage import Root, note, root_of
@@ -253,12 +253,12 @@ def _specs(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:
 def read_values_of(store: Store, record: Record) -> dict[str, Any]:
     """Everything that is no tensor: path to value."""
     values: dict[str, Any] = {}
-    if sum(ref.bytes for ref in record.states) > limits.STATE_BYTES:
-        reason = f"its state files have more than {limits.STATE_BYTES} bytes in all"
-        raise errors.ResourceLimitError(reason, step=record.step, attempt=record.attempt)
     for ref, data in zip(record.states, read_values(store, record), strict=True):
         try:
-            values |= read_state(data)
+            found = read_state(data)
+            if twice := next(iter(values.keys() & found.keys()), None):
+                raise errors.CorruptCheckpointError(f"the value {twice!r} stands in two state files")
+            values |= found
         except errors.CheckpointError as error:
             error.at(step=record.step, key=ref.key, attempt=record.attempt)
             raise

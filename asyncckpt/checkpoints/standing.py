@@ -21,7 +21,7 @@ from asyncckpt.store.base import Entry, Store, Version
 
 STUMP_S = 5.0
 """An index must be missing at two readings so far apart before its record may be replaced: one wrong 404 must never cost a checkpoint."""
-_PIECE_BYTES = 4 * 2**20
+_PIECE_BYTES = 2**20  # of a record that is too large to be held
 _HELD_BYTES = 8 * limits.RECORD_BYTES  # of a record that is too large to be one, so that it can be replaced
 _FOLDER = re.compile(rb"step-[0-9]{10,18}/[a-z0-9][a-z0-9._-]{0,127}/")
 
@@ -140,24 +140,39 @@ def _judge_large(store: Store, step: int, key: str) -> Standing | None:
     if found is None:
         return None
     text = f"a record of {found.stored_bytes} bytes is above {limits.RECORD_BYTES}"
-    ending = bytearray(ENDING_BYTES)
-    store.get_into(key, found.stored_bytes - ENDING_BYTES, memoryview(ending))
-    stated = digest_in(ending)
-    if stated is not None and is_sealed(_digest_of(store, key, found.stored_bytes - ENDING_BYTES), ending):
+    if read_seal(store, key, found.stored_bytes).holds:
         return Standing(step, None, error=newer(text).at(step=step, key=key), keeps_below=True)
     return Standing(
         step, None, error=errors.RecordError(f"{text}, and does not end with its digest", step=step, key=key)
     )
 
 
-def _digest_of(store: Store, key: str, size_bytes: int) -> str:
-    hasher = Hasher()
-    piece = bytearray(_PIECE_BYTES)
-    for start in range(0, size_bytes, _PIECE_BYTES):
-        view = memoryview(piece)[: min(_PIECE_BYTES, size_bytes - start)]
-        store.get_into(key, start, view)
-        hasher.update(view)
-    return hasher.digest().hex()
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The ending of a record, and the BLAKE3 of all bytes before it; empty where the ending is none that a record has."""
+
+    ending: bytes
+    body_digest: bytes
+
+    @property
+    def holds(self) -> bool:
+        """Whether the record is what was written."""
+        return is_sealed(self.body_digest.hex(), self.ending)
+
+
+def read_seal(store: Store, key: str, size_bytes: int) -> Seal:
+    """Of a record of so many bytes, whatever they are: a piece at a time is held in memory."""
+    body_bytes = max(size_bytes - ENDING_BYTES, 0)
+    ending = bytearray(ENDING_BYTES)
+    store.get_into(key, body_bytes, memoryview(ending))
+    if digest_in(ending) is None:
+        return Seal(bytes(ending), b"")
+    hasher, piece = Hasher(), memoryview(bytearray(_PIECE_BYTES))
+    for done in range(0, body_bytes, _PIECE_BYTES):
+        part = piece[: min(_PIECE_BYTES, body_bytes - done)]
+        store.get_into(key, done, part)
+        hasher.update(part)
+    return Seal(bytes(ending), hasher.digest())
 
 
 def held(store: Store, standing: Standing) -> Version:

@@ -11,13 +11,12 @@ from asyncckpt import errors
 from asyncckpt.checkpoints import rereading
 from asyncckpt.checkpoints.marks import is_marked
 from asyncckpt.checkpoints.rereading import Wrong
+from asyncckpt.checkpoints.standing import read_seal
 from asyncckpt.format import keys, limits
-from asyncckpt.format.digest import Hasher, digest
+from asyncckpt.format.digest import digest
 from asyncckpt.format.index import Index
-from asyncckpt.format.record import ENDING_BYTES, FileRef, Outline, Record, is_sealed, newer
+from asyncckpt.format.record import ENDING_BYTES, FileRef, Outline, Record, newer
 from asyncckpt.store.base import Store
-
-_PIECE_BYTES = 2**20  # of a record that is too large to be held
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +110,14 @@ def _judge_large_record(store: Store, key: str) -> Wrong:
     entry = store.head(key)
     if entry is None:
         return rereading.missing(key)
-    body_bytes = max(entry.stored_bytes - ENDING_BYTES, 0)
-    ending = bytearray(ENDING_BYTES)
-    store.get_into(key, body_bytes, memoryview(ending))
-    if not is_sealed(ending[-68:-4].decode("latin-1"), ending):
-        return rereading.wrong_file(
-            errors.RecordError("the record does not end with its digest: it is cut short, or no record"), ending
-        )
-    hasher, piece = Hasher(), memoryview(bytearray(_PIECE_BYTES))
-    for done in range(0, body_bytes, _PIECE_BYTES):
-        part = piece[: min(_PIECE_BYTES, body_bytes - done)]
-        store.get_into(key, done, part)
-        hasher.update(part)
-    if is_sealed(hasher.digest().hex(), ending):
+    seal = read_seal(store, key, entry.stored_bytes)
+    if seal.holds:
         raise newer(f"a record of {entry.stored_bytes} bytes is above {limits.RECORD_BYTES}")
-    return rereading.wrong_file(_record_mismatch(hasher.digest(), ending), hasher.digest() + ending)
+    if not seal.body_digest:
+        return rereading.wrong_file(
+            errors.RecordError("the record does not end with its digest: it is cut short, or no record"), seal.ending
+        )
+    return rereading.wrong_file(_record_mismatch(seal.body_digest, seal.ending), seal.body_digest + seal.ending)
 
 
 def read_checkpoint(store: Store, step: int) -> tuple[Record, Index]:

@@ -22,7 +22,6 @@ from asyncckpt.state.walk import (
     KIND_NAMES,
     LEAVES,
     MAPPINGS,
-    MAX_DEPTH,
     NUMPY_KINDS,
     NUMPY_SCALARS,
     OPTIMIZER,
@@ -155,7 +154,7 @@ def unescaped(name: str, path: str) -> str | int:
 
 def one_item(tree: Any, path: str) -> tuple[str, Any]:
     """The kind of a container node and what it holds."""
-    if not isinstance(tree, dict) or len(tree) != 1 or path.count("/") > MAX_DEPTH:
+    if not isinstance(tree, dict) or len(tree) != 1 or path.count("/") > limits.TREE_DEPTH:
         raise CorruptCheckpointError(f"the index describes {path!r} by a malformed node", key=path)
     kind, inner = next(iter(tree.items()))
     return kind, inner
