@@ -78,7 +78,7 @@ _DONE_NOTHING = """
     RequestLimitExceeded RequestThrottled RequestTimeout RequestTimeoutException SlowDown SlowDownRead SlowDownWrite Throttling
     ThrottlingException TooManyRequests TooManyRequestsException XAmzContentChecksumMismatch XAmzContentSHA256Mismatch"""
 _REFUSED = frozenset(_DONE_NOTHING.split())
-"""Answers of S3 that say that nothing was done. An internal error may come behind the effect."""
+"""Answers of S3 that say that nothing was done. With a status of 500 or more they prove nothing: a gateway may say so while it works."""
 CHANGED = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 """What arrived is not what was sent."""
 _CREDENTIALS = (
@@ -155,7 +155,8 @@ def _mapped_answer(error: boto.ClientError, operation: str, key: str) -> StoreEr
     if code == "InvalidObjectState":
         text += "; the object is archived: restore it from the archive first"
     found = kind(f"{text}; {_WAY_OUT[kind]}" if kind in _WAY_OUT else text, key=key)
-    found.unanswered = kind is TransientStoreError and code not in _REFUSED and status != 429
+    refused = (code in _REFUSED or status == 429) and status < 500
+    found.unanswered = kind is TransientStoreError and not refused
     return found
 
 
