@@ -14,6 +14,7 @@ A reading that is right at once costs nothing more.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -30,6 +31,8 @@ _DIGITS = 16  # of a digest in a message
 _MISSING = "missing"
 _SIZE = "size"
 _LOG = logging.getLogger("asyncckpt")
+
+_waited_s: "weakref.WeakKeyDictionary[Store, float]" = weakref.WeakKeyDictionary()  # for what turned out to be damage
 
 Value = TypeVar("Value")
 
@@ -80,6 +83,7 @@ def settled(
     if wrong.evidence == _MISSING and _removed(store, key):
         raise wrong.error.at(key=key)
     seen = [wrong.evidence]
+    hurries = _waited_s.get(store, 0.0) >= patience.most_s
     for wait_s in chain(patience.waits_s, repeat(patience.waits_s[-1])):
         if len(seen) > len(patience.waits_s):
             if patience.clock() - began_s + wait_s >= patience.deadline_s:
@@ -88,7 +92,7 @@ def settled(
                 _LOG.warning(
                     "readings of %s change on the way, or contradict each other; going on: %s", key, wrong.error
                 )
-        _wait(patience, wait_s, stopped)
+        _wait(patience, 0.0 if hurries and len(seen) <= len(patience.waits_s) else wait_s, stopped)
         if stopped():
             raise wrong.error.at(key=key)
         with store.afresh() as fresh:
@@ -99,6 +103,7 @@ def settled(
             wrong = found
             seen.append(wrong.evidence)
             if _stays(seen, patience) and _agrees(fresh, key, wrong):
+                _waited_s[store] = _waited_s.get(store, 0.0) + patience.clock() - began_s
                 raise wrong.error.at(key=key)
     took_s = patience.clock() - began_s
     if len(set(seen)) == 1:

@@ -70,10 +70,13 @@ class Patience:
 
     `waits_s`: before the second, the third, ... reading. Nothing is damage before they are over: a path that spoils three of ten answers
     spoils eight in a row once in 15,000 times. After them the last one repeats until `deadline_s` after the first reading.
+    `most_s`: what damage may cost one store object in waits. Beyond it readings follow each other at once, so that a folder full of junk does not
+    hold a reader for hours.
     """
 
     waits_s: tuple[float, ...] = (0.1, 0.4, 0.5, 1.0, 1.0, 2.0, 4.0)
     deadline_s: float = 600.0
+    most_s: float = 60.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

@@ -68,6 +68,15 @@ def test_the_same_wrong_bytes_at_eight_readings_within_nine_seconds_are_damage()
         assert fact in str(caught.value)
 
 
+def test_a_store_full_of_damage_costs_a_minute_of_waits_and_never_fewer_readings():
+    path = BadPath(stored(), spoil=lambda key, data, number, connection: flip(data))
+    for _ in range(100):
+        with pytest.raises(errors.DigestMismatchError):
+            read(path)
+    assert path.time.now_s == pytest.approx(63)  # the seventh piece of damage ends beyond the minute
+    assert sum(path.gets.values()) == 800
+
+
 def test_the_same_wrong_bytes_from_one_connection_alone_are_no_damage():
     path = BadPath(stored(), spoil=lambda key, data, number, connection: connection == 0 and flip(data))
     assert read(path) == GOOD
