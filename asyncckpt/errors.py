@@ -133,7 +133,9 @@ class TransientStoreError(StoreError):
 
 
 class DeadlineExceededError(StoreError):
-    """Retries went on until the deadline; the cause is the last failure."""
+    """Retries went on until the deadline; the cause is the last failure. Unless no try was ever sent, it may have taken effect."""
+
+    unanswered = True
 
 
 class StoreAuthError(StoreError):

@@ -389,9 +389,7 @@ def test_a_record_that_arrives_late_is_complete_and_a_later_save_of_the_step_fin
         def put(self, key, data, *, if_absent=False):
             if key == RECORD:
                 late.append(bytes(data[0]))
-                failure = errors.DeadlineExceededError("no answer for ten minutes")
-                failure.unanswered = True
-                raise failure
+                raise errors.DeadlineExceededError("no answer for ten minutes")
             super().put(key, data, if_absent=if_absent)
 
     with pytest.raises(errors.CommitUnknownError):
@@ -554,8 +552,9 @@ def test_exists_tells_whether_the_step_is_taken(taken):
 @pytest.mark.parametrize("limit", ["INDEX_BYTES", "INDEX_BASE_BYTES", "INDEX_VALUES"])
 def test_an_index_that_no_reader_would_take_is_never_committed(monkeypatch, limit):
     store = MemoryStore()
+    attempt = Attempt(store)
     monkeypatch.setattr(limits, "INDEX_RATIO", 0)
     monkeypatch.setattr(limits, limit, 10)
     with pytest.raises(errors.ResourceLimitError):
-        Attempt(store).commit()
+        attempt.commit()
     assert RECORD not in names(store)
