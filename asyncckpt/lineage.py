@@ -17,9 +17,6 @@ from asyncckpt.checkpoints.admission import admit, newest_lineage
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import parse_url
 
-FIRST_CONTACT_S = 15.0
-"""So long a first save waits for one LIST. Then it goes on, and the service looks as soon as the store answers."""
-
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -65,7 +62,8 @@ class Arrival:
     """One Saver's right to write below its root, and the lineage that its checkpoints get.
 
     `open_store`: for the look, which has a thread and a store of its own, so that nothing waits for one that is away. `adopt`: take the
-    newest checkpoint's lineage instead of asking whose it is.
+    newest checkpoint's lineage instead of asking whose it is. `wait_s`: so long a first save waits for the answer; then it goes on, and the
+    service looks as soon as the store answers.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Arrival:
         open_store: Callable[[], AbstractContextManager[Store]],
         *,
         adopt: bool,
-        wait_s: float = FIRST_CONTACT_S,
+        wait_s: float,
     ) -> None:
         self.lineage = secrets.token_hex(4)
         self._root = root

@@ -21,17 +21,21 @@ class RetryPolicy:
             most incidents of S3; botocore's own retries give up after 2.2 s of 503s.
         first_wait_s: Upper bound of the first wait; the bound doubles, each wait is drawn evenly below it ("full jitter").
         max_wait_s: The bound stops doubling here.
+        first_contact_s: How long the first `save()` of a Saver waits for a listing, which tells whose checkpoints stand there.
     """
 
     deadline_s: float = 600.0
     first_wait_s: float = 0.1
     max_wait_s: float = 20.0
+    first_contact_s: float = 15.0
 
     def __post_init__(self) -> None:
         if not 0 < self.first_wait_s <= self.max_wait_s:
             raise ValueError(f"need 0 < first_wait_s <= max_wait_s, not {self.first_wait_s} and {self.max_wait_s}")
         if self.deadline_s < 0:
             raise ValueError(f"deadline_s must not be negative, not {self.deadline_s}")
+        if self.first_contact_s < 0:
+            raise ValueError(f"first_contact_s must not be negative, not {self.first_contact_s}")
 
 
 @dataclass(frozen=True, slots=True)

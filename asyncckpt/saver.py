@@ -25,7 +25,7 @@ from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.events import SaveReport
 from asyncckpt.launch import Launcher
-from asyncckpt.lineage import FIRST_CONTACT_S, Arrival, root_of
+from asyncckpt.lineage import Arrival, root_of
 from asyncckpt.options import (
     Codec,
     EngineName,
@@ -120,11 +120,12 @@ class Saver:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._ledger = Ledger(self._hooks, max_failed_saves)
+        retry = (self._s3 or S3Options()).retry
         self._launcher = Launcher(
             self._start_engine,
             self._ledger,
             self._hooks,
-            Arrival(self._root, self._opened_to_look, adopt=adopt),
+            Arrival(self._root, self._opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
             shared=self._engine_name == "service",
@@ -327,7 +328,7 @@ class Saver:
         options = self._s3
         if self.url.startswith("s3:"):
             options = options or S3Options()
-            retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, FIRST_CONTACT_S))
+            retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, options.retry.first_contact_s))
             options = replace(options, retry=retry)
         return closing(open_store(self.url, options, on_retry=self._hooks))
 

@@ -19,7 +19,7 @@ from tests.processes import PATIENCE_S, descendants
 from tests.training import Training, fingerprint, numbered
 from tests.warm import tell
 
-FAST = RetryPolicy(deadline_s=60.0, first_wait_s=0.02, max_wait_s=0.1)
+FAST = RetryPolicy(deadline_s=60.0, first_wait_s=0.02, max_wait_s=0.1, first_contact_s=0.5)
 
 
 class TunedSaver(Saver):

@@ -1,14 +1,14 @@
 """The store goes away in the middle of a save and comes back."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
 import asyncckpt
 from asyncckpt import Run, Saver, events
-from asyncckpt.lineage import FIRST_CONTACT_S
 from tests.processes import PATIENCE_S, eventually
-from tests.trainers import s3
+from tests.trainers import FAST, s3
 from tests.training import Training, assert_same
 
 
@@ -68,10 +68,11 @@ def test_a_store_that_is_down_from_the_start_holds_the_first_save_for_a_bounded_
     proxy.down = True
     training = Training().step()
     seen = []
-    with Saver(s3_url, store=s3(proxy.url), hooks=[seen.append]) as saver:
+    patient = replace(FAST, first_contact_s=3.0)
+    with Saver(s3_url, store=replace(s3(proxy.url), retry=patient), hooks=[seen.append]) as saver:
         began_s = time.monotonic()
         save = saver.save(1, training.state)
-        assert time.monotonic() - began_s < FIRST_CONTACT_S + 10
+        assert 3.0 <= time.monotonic() - began_s < 13.0
         assert [event for event in seen if isinstance(event, events.StoreRetried)], "nobody is told why it waits"
         asked = proxy.connections
         eventually(lambda: proxy.connections > asked + 3, "it asks again and again")

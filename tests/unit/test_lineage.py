@@ -222,7 +222,7 @@ def test_a_store_that_hangs_holds_the_first_save_up_for_a_bounded_time_and_no_la
 
 def test_an_adopting_saver_asks_again_while_nobody_answers():
     faulty = FaultyStore(of_another_process(100), {1}, operations={"list"})
-    arrival = Arrival(faulty, lambda: nullcontext(faulty), adopt=True)
+    arrival = Arrival(faulty, lambda: nullcontext(faulty), adopt=True, wait_s=15.0)
     for step in (10, 20):
         arrival.begin(step)
         arrival.admit()
