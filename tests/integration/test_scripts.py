@@ -22,7 +22,7 @@ import asyncckpt
 sys.path.insert(0, {shadows!r})
 print("package", asyncckpt.__file__)
 saver = asyncckpt.Saver({url!r}, store=asyncckpt.S3Options(
-    endpoint_url={endpoint!r}, retry=asyncckpt.RetryPolicy(deadline_s=60, first_wait_s=0.02, max_wait_s=0.1)))
+    endpoint_url={endpoint!r}, retry=asyncckpt.RetryPolicy(deadline_s=60, first_wait_s=0.02, max_wait_s=0.1, first_contact_s=0.5)))
 weights = {{f"w{{n}}": torch.full((50_000,), float(10 + n)) for n in range(3)}}
 saver.save(1, {{"weights": weights, "step": 1}})
 print("service", saver._launcher._engine.pid)
