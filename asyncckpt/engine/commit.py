@@ -176,7 +176,9 @@ class _RecordPut:
             return "refused"
         except errors.StoreError as error:
             self.unanswered = self.unanswered or error.unanswered
-            if not self.unanswered or not self._arrived():
+            # a folder shows a name that could not be made durable, and may lose it with the power
+            visible_only = isinstance(error, errors.LocalIOError | errors.DiskFullError)
+            if not self.unanswered or visible_only or not self._arrived():
                 raise
             return "stands"
         # where the store cannot compare, a reading must show that nobody wrote between its look and the put

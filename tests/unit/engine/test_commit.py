@@ -1,5 +1,6 @@
 """The commit point: what makes a step exist, who wins, and what is left behind."""
 
+import errno
 import threading
 import time
 from dataclasses import replace
@@ -454,14 +455,19 @@ def test_a_commit_whose_worker_died_does_not_put_its_record_again_where_the_key_
 
 def test_a_name_that_was_given_before_its_sync_failed_is_not_told_as_committed_and_not_removed(tmp_path):
     """The record may be gone after a loss of power, and stands until then."""
-    store = LocalStore(tmp_path)
-    faulty = FaultyStore(
-        store, {PUTS + 1}, after=True, operations={"put"}, error=lambda: errors.LocalIOError("fsync: EIO")
-    )
-    attempt = Attempt(faulty)
-    with pytest.raises(errors.LocalIOError):
-        attempt.commit()
-    removal.abandon(store, STEP, attempt.job.attempt)
+
+    class Failing(LocalStore):
+        def _sync_folders(self, folder):
+            if folder == tmp_path and (tmp_path / RECORD).exists():
+                raise OSError(errno.EIO, "fsync")
+            super()._sync_folders(folder)
+
+    store = Failing(tmp_path)
+    with pytest.raises(errors.CommitUnknownError, match="may still appear") as raised:
+        Attempt(store).commit()
+    assert isinstance(raised.value.__cause__, errors.LocalIOError)
+    with pytest.raises(errors.CommitUnknownError):
+        Attempt(store).commit(again=True)
     assert value(store) == 1.0
 
 
@@ -554,8 +560,9 @@ def test_exists_tells_whether_the_step_is_taken(taken):
 @pytest.mark.parametrize("limit", ["INDEX_BYTES", "INDEX_BASE_BYTES", "INDEX_VALUES"])
 def test_an_index_that_no_reader_would_take_is_never_committed(monkeypatch, limit):
     store = MemoryStore()
+    attempt = Attempt(store)
     monkeypatch.setattr(limits, "INDEX_RATIO", 0)
     monkeypatch.setattr(limits, limit, 10)
     with pytest.raises(errors.ResourceLimitError):
-        Attempt(store).commit()
+        attempt.commit()
     assert RECORD not in names(store)
