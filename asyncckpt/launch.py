@@ -103,7 +103,7 @@ class Launcher:
             planned = self._planner.next(flat.structure)
             if (arena := self._take(planned.plan)) is None:
                 return None
-            self.arrival.admit()
+            self.arrival.admit(request.step)
             self._ledger.open(save)
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)

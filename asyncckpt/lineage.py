@@ -84,6 +84,8 @@ class Arrival:
         self._settled = False
         self._waited = False
         self._thread: threading.Thread | None = None
+        self._about = 0  # the step that the look is for
+        self._answered = False
         self._conflict: errors.CheckpointConflictError | None = None
 
     @property
@@ -106,24 +108,34 @@ class Arrival:
             if found.restored and not self._adopt:
                 self._settled = True
                 return
-        self._thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
-        self._thread.start()
+        self._about, self._answered = step, False
+        thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the limit of threads: the engine looks
+            return
+        self._thread = thread
 
-    def admit(self) -> None:
+    def admit(self, step: int) -> None:
         """Wait for the answer; `CheckpointConflictError` if another run's checkpoints stand above the step.
 
         Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits.
         """
-        if self._settled or self._thread is None:
+        if self._settled or not self._is_told(0 if self._waited else self._wait_s):
             return
-        self._thread.join(0 if self._waited else self._wait_s)
-        self._waited = True
+        if self._answered and self._about != step and not self._adopt:
+            self._conflict = self._thread = None  # the look was for another save, which came to nothing
+            self.begin(step)
+            if not self._is_told(self._wait_s):
+                return
         conflict, self._conflict = self._conflict, None
         if conflict is not None:
             self._thread, self._waited = None, False  # the next save looks again: the user may have rewound
             raise conflict
-        if self._adopt and not self._settled and not self._thread.is_alive():
-            self._thread = None  # no answer yet: the next save asks again, and does not wait
+        if self._answered:
+            self._settled = True
+        elif self._adopt:
+            self._thread = None  # the next save asks again, and does not wait
 
     def committed(self) -> None:
         """A checkpoint of this Saver stands."""
@@ -136,6 +148,14 @@ class Arrival:
         if self._thread is not None:
             self._thread.join(self._wait_s)
 
+    def _is_told(self, wait_s: float) -> bool:
+        """Whether a look has ended, after so long a wait at most."""
+        if self._thread is None:
+            return False
+        self._thread.join(wait_s)
+        self._waited = True
+        return not self._thread.is_alive()
+
     def _look(self, step: int) -> None:
         try:
             with self._open_store() as store:
@@ -143,8 +163,8 @@ class Arrival:
                     self.lineage = newest_lineage(store) or self.lineage
                 else:
                     admit(store, step)
-            self._settled = True
         except errors.CheckpointConflictError as error:
             self._conflict = error
-        except errors.CheckpointError:
-            return  # the save itself meets the same store, and tells
+        except Exception:  # noqa: BLE001 - the save itself meets the same store, and tells
+            return
+        self._answered = True

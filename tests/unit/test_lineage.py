@@ -210,14 +210,50 @@ def test_a_store_that_hangs_holds_the_first_save_up_for_a_bounded_time_and_no_la
     store = Hanging(of_another_process(100))
     arrival = Arrival(store, lambda: nullcontext(store), adopt=False, wait_s=0.05)
     arrival.begin(10)
-    arrival.admit()
+    arrival.admit(10)
     assert arrival.newcomer, "the engine must look"
     arrival.begin(20)
-    arrival.admit()
+    arrival.admit(20)
     answer.set()
     arrival.close()
+    arrival._wait_s = 30.0
     with pytest.raises(errors.CheckpointConflictError):  # the answer came, if late
-        arrival.admit()
+        arrival.admit(20)
+
+
+def test_a_look_that_was_begun_for_another_step_says_nothing_of_this_one():
+    """The save that it was begun for was refused, or skipped because every arena was in flight."""
+    with Saver("memory://unused", store=of_another_process(100)) as saver:
+        with pytest.raises(errors.UnsupportedObjectError):
+            saver.save(10, {"model": {"w": object()}})
+        assert saver.save(110, state_of(110)).result(30).step == 110
+    with Saver("memory://unused", store=of_another_process(100)) as saver:
+        with pytest.raises(errors.UnsupportedObjectError):
+            saver.save(110, {"model": {"w": object()}})
+        with pytest.raises(errors.CheckpointConflictError, match="step 100"):
+            saver.save(10, state_of(10))
+
+
+def test_where_no_thread_can_be_started_the_engine_looks(monkeypatch):
+    store = of_another_process(100)
+    arrival = Arrival(store, lambda: nullcontext(store), adopt=False)
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for step in (10, 20):
+        arrival.begin(step)
+        arrival.admit(step)
+        assert arrival.newcomer
+    arrival.close()
+
+
+def test_whatever_the_look_meets_no_traceback_is_printed_and_the_save_tells():
+    """An error of a user's store that is none of ours; pytest makes one that ends a thread a failure."""
+    faulty = FaultyStore(of_another_process(100), {1}, operations={"list"}, error=lambda: KeyError("vendor's"))
+    with Saver("memory://unused", store=faulty) as saver, pytest.raises(errors.CheckpointConflictError):
+        saver.save(10, state_of(10)).result(30)
 
 
 def test_an_adopting_saver_asks_again_while_nobody_answers():
@@ -225,7 +261,7 @@ def test_an_adopting_saver_asks_again_while_nobody_answers():
     arrival = Arrival(faulty, lambda: nullcontext(faulty), adopt=True)
     for step in (10, 20):
         arrival.begin(step)
-        arrival.admit()
+        arrival.admit(step)
         arrival.close()
     assert not arrival.newcomer
     assert arrival.lineage == "0a0b0c0d"
