@@ -165,6 +165,15 @@ def test_an_earlier_attempt_of_the_same_save_counts_as_committed():
     assert not commits.exists(store, again.job)
     assert again.commit().result == "committed"
     assert value(store) == 1.0
+    assert not [key for key in names(store) if "000002" in key], "what was stored a second time goes"
+
+
+def test_what_was_stored_a_second_time_stays_while_its_own_record_may_still_arrive():
+    store = MemoryStore()
+    Attempt(store, "aaaaaaaa-000001").commit()
+    again = Attempt(store, "aaaaaaaa-000002", earlier_attempts=("aaaaaaaa-000001",))
+    assert again.commit(again=True).result == "committed"
+    assert [key for key in names(store) if "000002" in key]
 
 
 def test_of_many_writers_at_once_exactly_one_commits():
