@@ -133,7 +133,7 @@ class _RecordPut:
         """Whether the record stands; False if the step is another's."""
         try:
             return self._run()
-        except errors.StoreError as error:
+        except (errors.StoreError, errors.ResourceLimitError) as error:
             if not self.unanswered:
                 raise
             raise errors.CommitUnknownError(

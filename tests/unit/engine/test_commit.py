@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asyncckpt import errors
-from asyncckpt.checkpoints import removal
+from asyncckpt.checkpoints import removal, standing
 from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine import commit as commits
 from asyncckpt.engine.job import SaveJob
@@ -460,6 +460,17 @@ def test_a_commit_whose_worker_died_does_not_put_its_record_again_where_the_key_
     with pytest.raises(errors.CommitUnknownError):
         Attempt(Vanishing(MemoryStore())).commit(again=True)
     assert len(records) == 1
+
+
+def test_a_record_too_large_to_be_replaced_does_not_hide_that_ours_may_still_arrive(monkeypatch):
+    store = MemoryStore()
+    store.put(RECORD, [b" " * 5000])
+    monkeypatch.setattr(limits, "RECORD_BYTES", 4000)
+    monkeypatch.setattr(standing, "_HELD_BYTES", 4500)
+    with pytest.raises(errors.ResourceLimitError, match="left alone"):
+        Attempt(store).commit()
+    with pytest.raises(errors.CommitUnknownError, match="left alone"):
+        Attempt(store).commit(again=True)
 
 
 def test_a_name_that_was_given_before_its_sync_failed_is_not_told_as_committed_and_not_removed(tmp_path):
