@@ -3,18 +3,16 @@
 A run inherits the lineage of the checkpoint that it restored, so that retention knows which checkpoints are its own.
 """
 
-import contextlib
 import os
 import secrets
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.admission import admit, newest_lineage
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import PerStore, Store
 from asyncckpt.store.opening import parse_url
 
 FIRST_CONTACT_S = 15.0
@@ -33,7 +31,7 @@ Root = Store | str
 """What tells one root from another: a URL in its one form, or the user's own Store."""
 
 _by_url: dict[str, Note] = {}
-_by_store: "weakref.WeakKeyDictionary[Store, Note]" = weakref.WeakKeyDictionary()
+_by_store = PerStore[Note]()
 
 
 def root_of(url: str | os.PathLike[str], store: object) -> Root:
@@ -47,18 +45,13 @@ def note(root: Root, lineage: str, *, restored: bool) -> None:
     made = Note(lineage, restored or (before is not None and before.restored))
     if isinstance(root, str):
         _by_url[root] = made
-        return
-    with contextlib.suppress(TypeError):  # an object that cannot be remembered
-        _by_store[root] = made
+    else:
+        _by_store.set(root, made)
 
 
 def known(root: Root) -> Note | None:
     """What this process knows of the root."""
-    if isinstance(root, str):
-        return _by_url.get(root)
-    with contextlib.suppress(TypeError):
-        return _by_store.get(root)
-    return None
+    return _by_url.get(root) if isinstance(root, str) else _by_store.get(root)
 
 
 class Arrival:

@@ -4,6 +4,7 @@ import logging
 import threading
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -291,3 +292,25 @@ def test_retention_leaves_another_runs_checkpoints_alone_and_says_so_once(engine
     told = [line for line in caplog.messages if "another run" in line]
     assert len(told) == 1
     assert "1, 2, 3" in told[0]
+
+
+def test_a_users_store_that_has_no_hash_is_known_and_its_damage_is_passed_over_like_any_others():
+    @dataclass
+    class Plain(MemoryStore):
+        name: str = "a dataclass compares by value, and so has no hash"
+
+        def __post_init__(self):
+            super().__init__()
+
+    store, other = Plain(), Plain()
+    for step in (10, 20, 30):
+        write_checkpoint(store, step, state_of(step), lineage="0a0b0c0d")
+    write_checkpoint(other, 10, state_of(10), lineage="0a0b0c0d")
+    store.put("step-0000000030.json", [b"{"])
+    with Saver("memory://unused", store=store) as saver:
+        with pytest.warns(UserWarning, match="checkpoint 30 cannot be restored"):
+            assert saver.restore(state_of(0)).step == 20
+        saver.save(25, state_of(25)).result(30)
+    assert lineages(MemoryStoreWithout(store, 30))[25] == "0a0b0c0d"
+    with Saver("memory://unused", store=other) as saver, pytest.raises(errors.CheckpointConflictError):
+        saver.save(5, state_of(5))
