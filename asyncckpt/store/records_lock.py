@@ -49,7 +49,11 @@ class RecordsLock:
         with suppress(OSError):
             descriptor = os.open(self._folder / NAME, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in _MISSING:  # without locks nobody can hold it
+                        raise
                 if self._is_named(descriptor):
                     (self._folder / NAME).unlink()
             finally:

@@ -126,6 +126,8 @@ def test_a_filesystem_without_locks_is_warned_of_once(
     assert len(caplog.records) == 1
     assert "has no locks" in caplog.text
     assert list(store.list()) == []
+    store.close()
+    assert list((tmp_path / "root").iterdir()) == []
 
 
 def test_a_closed_store_leaves_no_lock_file(tmp_path: Path) -> None:
