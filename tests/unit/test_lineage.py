@@ -250,6 +250,32 @@ def test_where_no_thread_can_be_started_the_engine_looks(monkeypatch):
     arrival.close()
 
 
+def test_a_later_save_of_the_same_saver_is_no_other_run_for_the_engine_that_looks():
+    """An outage: the first save's look waits between two tries while the second save is committed."""
+    faulty = FaultyStore(MemoryStore(), {1}, operations={"list"})  # the trainer's own look
+    second = threading.Event()
+
+    class Late(FaultyStore):
+        def list(self, prefix="", *, delimiter=False, start_after=""):
+            lines = list(faulty.list(prefix, delimiter=delimiter, start_after=start_after))
+            if threading.current_thread().name.startswith("asyncckpt-upload") and not second.is_set():
+                second.set()
+                return self.inner_after_commit()
+            return lines
+
+        def inner_after_commit(self):
+            committed.wait(30)
+            return list(faulty.inner.list(delimiter=True))
+
+    committed = threading.Event()
+    with Saver("memory://unused", store=Late(faulty), pending=2) as saver:
+        first = saver.save(1, state_of(1))
+        assert second.wait(30)
+        saver.save(2, state_of(2)).result(30)
+        committed.set()
+        assert not first.result(30).skipped
+
+
 def test_whatever_the_look_meets_no_traceback_is_printed_and_the_save_tells():
     """An error of a user's store that is none of ours; pytest makes one that ends a thread a failure."""
     faulty = FaultyStore(of_another_process(100), {1}, operations={"list"}, error=lambda: KeyError("vendor's"))
