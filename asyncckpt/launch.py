@@ -147,7 +147,7 @@ class Launcher:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
             thread.join()
-        self.arrival.close()
+        self.arrival.close(wait=wait)
         self._copier.close()
         if self._engine is not None:
             self._engine.close(wait=wait)

@@ -18,6 +18,8 @@ from asyncckpt.store.opening import parse_url
 FIRST_CONTACT_S = 15.0
 """So long a first save waits for one LIST. Then it goes on, and the service looks as soon as the store answers."""
 
+_HURRY_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -136,10 +138,10 @@ class Arrival:
             self._settled = True
         note(self._root, self.lineage, restored=False)
 
-    def close(self) -> None:
-        """Wait until nothing looks any more."""
+    def close(self, *, wait: bool = True) -> None:
+        """Wait until nothing looks any more. Without `wait` a second at most: somebody is in a hurry, and the store may be away."""
         if self._thread is not None:
-            self._thread.join(self._wait_s)
+            self._thread.join(self._wait_s if wait else min(self._wait_s, _HURRY_S))
 
     def _is_told(self, wait_s: float) -> bool:
         """Whether a look has ended, after so long a wait at most."""

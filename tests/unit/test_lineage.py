@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -281,6 +282,25 @@ def test_whatever_the_look_meets_no_traceback_is_printed_and_the_save_tells():
     faulty = FaultyStore(of_another_process(100), {1}, operations={"list"}, error=lambda: KeyError("vendor's"))
     with Saver("memory://unused", store=faulty) as saver, pytest.raises(errors.CheckpointConflictError):
         saver.save(10, state_of(10)).result(30)
+
+
+def test_whoever_leaves_in_a_hurry_does_not_wait_for_a_store_that_is_away():
+    """Ctrl-C while the first save waits for the listing."""
+    answer = threading.Event()
+
+    class Hanging(FaultyStore):
+        def list(self, prefix="", *, delimiter=False, start_after=""):
+            answer.wait(30)
+            return super().list(prefix, delimiter=delimiter, start_after=start_after)
+
+    saver = Saver("memory://unused", store=Hanging(MemoryStore()))
+    saver._launcher.arrival.begin(10)
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), saver:
+        raise KeyboardInterrupt
+    assert time.monotonic() - started_s < 10
+    answer.set()
+    saver._launcher.arrival.close()
 
 
 def test_an_adopting_saver_asks_again_while_nobody_answers():
