@@ -1,8 +1,7 @@
 """Which task of which save is next. Pure: no clock, no I/O; the service and the in-process engine both drive it.
 
-A save is a check (is the step taken?), its shards, and a commit, which waits for the check where the folder may be another run's; a failed
-or needless save ends with the removal of what it stored, unless
-its record may still arrive; a committed one may be followed by retention.
+A save is a check (is the step taken?), its shards, and a commit, which waits for the check where the folder may be another run's. A failed
+or needless save ends with the removal of what it stored, unless its record may still arrive; a committed one may be followed by retention.
 """
 
 from collections import deque

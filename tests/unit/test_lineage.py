@@ -178,6 +178,18 @@ def test_a_newer_checkpoint_above_is_a_conflict_too():
         saver.save(15, state_of(15))
 
 
+def test_an_ordinary_save_asks_once_whether_its_step_is_free_and_then_only_puts():
+    """Each request more is 30 ms on S3, and money."""
+    store = FaultyStore(MemoryStore())
+    with Saver("memory://unused", store=store) as saver:
+        for step in (1, 2):
+            store.calls.clear()
+            saver.save(step, state_of(step)).result(30)
+    assert [operation for operation, _ in store.calls] == ["get", "put", "put", "put", "put"]
+    assert store.calls[0] == ("get", "step-0000000002.json")
+    assert store.calls[-1] == ("put", "step-0000000002.json")
+
+
 def test_only_the_first_save_looks():
     store = CountingStore(MemoryStore())
     with Saver("memory://unused", store=store) as saver:
