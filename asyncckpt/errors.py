@@ -133,7 +133,9 @@ class TransientStoreError(StoreError):
 
 
 class DeadlineExceededError(StoreError):
-    """Retries went on until the deadline; the cause is the last failure."""
+    """Retries went on until the deadline; the cause is the last failure. Whoever retried says if all tries were refused."""
+
+    unanswered = True
 
 
 class StoreAuthError(StoreError):
