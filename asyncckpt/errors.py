@@ -19,7 +19,7 @@
     │   ├── ObjectNotFoundError           one key does not exist
     │   ├── ObjectExistsError             a conditional put found the key taken
     │   ├── ObjectChangedError            a conditional put or delete found another object than the one that was read
-    │   ├── UnsafeStoreError              the store ignores `If-None-Match`
+    │   ├── UnsafeStoreError              the store ignores the condition of a put, or refuses it
     │   ├── ClockSkewError                this host's clock is too far from the store's
     │   ├── DiskFullError                 no space or quota left
     │   └── LocalIOError                  any other failure of the local filesystem (read-only, EIO, permissions)
@@ -133,7 +133,7 @@ class TransientStoreError(StoreError):
 
 
 class DeadlineExceededError(StoreError):
-    """Retries went on until the deadline; the cause is the last failure. Unless no try was ever sent, it may have taken effect."""
+    """Retries went on until the deadline; the cause is the last failure. Whoever retried says if all tries were refused."""
 
     unanswered = True
 

@@ -103,7 +103,7 @@ class Launcher:
             planned = self._planner.next(flat.structure)
             if (arena := self._take(planned.plan)) is None:
                 return None
-            self.arrival.admit()
+            self.arrival.admit(request.step)
             self._ledger.open(save)
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)
@@ -147,7 +147,7 @@ class Launcher:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
             thread.join()
-        self.arrival.close()
+        self.arrival.close(wait=wait)
         self._copier.close()
         if self._engine is not None:
             self._engine.close(wait=wait)

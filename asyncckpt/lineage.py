@@ -3,19 +3,20 @@
 A run inherits the lineage of the checkpoint that it restored, so that retention knows which checkpoints are its own.
 """
 
-import contextlib
 import os
 import secrets
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.admission import admit, newest_lineage
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import PerStore, Store
 from asyncckpt.store.opening import parse_url
+
+
+_HURRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ Root = Store | str
 """What tells one root from another: a URL in its one form, or the user's own Store."""
 
 _by_url: dict[str, Note] = {}
-_by_store: "weakref.WeakKeyDictionary[Store, Note]" = weakref.WeakKeyDictionary()
+_by_store = PerStore[Note]()
 
 
 def root_of(url: str | os.PathLike[str], store: object) -> Root:
@@ -44,18 +45,13 @@ def note(root: Root, lineage: str, *, restored: bool) -> None:
     made = Note(lineage, restored or (before is not None and before.restored))
     if isinstance(root, str):
         _by_url[root] = made
-        return
-    with contextlib.suppress(TypeError):  # an object that cannot be remembered
-        _by_store[root] = made
+    else:
+        _by_store.set(root, made)
 
 
 def known(root: Root) -> Note | None:
     """What this process knows of the root."""
-    if isinstance(root, str):
-        return _by_url.get(root)
-    with contextlib.suppress(TypeError):
-        return _by_store.get(root)
-    return None
+    return _by_url.get(root) if isinstance(root, str) else _by_store.get(root)
 
 
 class Arrival:
@@ -82,6 +78,8 @@ class Arrival:
         self._settled = False
         self._waited = False
         self._thread: threading.Thread | None = None
+        self._about = 0  # the step that the look is for
+        self._answered = False
         self._conflict: errors.CheckpointConflictError | None = None
 
     @property
@@ -104,24 +102,34 @@ class Arrival:
             if found.restored and not self._adopt:
                 self._settled = True
                 return
-        self._thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
-        self._thread.start()
+        self._about, self._answered = step, False
+        thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the limit of threads: the engine looks
+            return
+        self._thread = thread
 
-    def admit(self) -> None:
+    def admit(self, step: int) -> None:
         """Wait for the answer; `CheckpointConflictError` if another run's checkpoints stand above the step.
 
         Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits.
         """
-        if self._settled or self._thread is None:
+        if self._settled or not self._is_told(0 if self._waited else self._wait_s):
             return
-        self._thread.join(0 if self._waited else self._wait_s)
-        self._waited = True
+        if self._answered and self._about != step and not self._adopt:
+            self._conflict = self._thread = None  # the look was for another save, which came to nothing
+            self.begin(step)
+            if not self._is_told(self._wait_s):
+                return
         conflict, self._conflict = self._conflict, None
         if conflict is not None:
             self._thread, self._waited = None, False  # the next save looks again: the user may have rewound
             raise conflict
-        if self._adopt and not self._settled and not self._thread.is_alive():
-            self._thread = None  # no answer yet: the next save asks again, and does not wait
+        if self._answered:
+            self._settled = True
+        elif self._adopt:
+            self._thread = None  # the next save asks again, and does not wait
 
     def committed(self) -> None:
         """A checkpoint of this Saver stands."""
@@ -129,10 +137,18 @@ class Arrival:
             self._settled = True
         note(self._root, self.lineage, restored=False)
 
-    def close(self) -> None:
-        """Wait until nothing looks any more."""
+    def close(self, *, wait: bool = True) -> None:
+        """Wait until nothing looks any more. Without `wait` a second at most: somebody is in a hurry, and the store may be away."""
         if self._thread is not None:
-            self._thread.join(self._wait_s)
+            self._thread.join(self._wait_s if wait else min(self._wait_s, _HURRY_S))
+
+    def _is_told(self, wait_s: float) -> bool:
+        """Whether a look has ended, after so long a wait at most."""
+        if self._thread is None:
+            return False
+        self._thread.join(wait_s)
+        self._waited = True
+        return not self._thread.is_alive()
 
     def _look(self, step: int) -> None:
         try:
@@ -141,8 +157,8 @@ class Arrival:
                     self.lineage = newest_lineage(store) or self.lineage
                 else:
                     admit(store, step)
-            self._settled = True
         except errors.CheckpointConflictError as error:
             self._conflict = error
-        except errors.CheckpointError:
-            return  # the save itself meets the same store, and tells
+        except Exception:  # noqa: BLE001 - the save itself meets the same store, and tells
+            return
+        self._answered = True

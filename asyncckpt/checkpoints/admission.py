@@ -5,9 +5,13 @@ from asyncckpt.checkpoints.standing import newest_first
 from asyncckpt.store.base import Store
 
 
-def admit(store: Store, step: int) -> None:
-    """`CheckpointConflictError` if a checkpoint that can be read stands above `step`. One LIST, and a read of the newest record."""
-    above = next(newest_first(store, above=step), None)
+def admit(store: Store, step: int, *, run_id: str = "") -> None:
+    """`CheckpointConflictError` if a checkpoint that can be read stands above `step`. One LIST, and a read of the newest record.
+
+    Those whose attempts have this `run_id` are this Saver's own: a later save may have been committed before this one was looked at.
+    """
+    others = (found for found in newest_first(store, above=step) if not run_id or not found.attempt.startswith(run_id))
+    above = next(others, None)
     if above is None:
         return
     below = next((found.step for found in newest_first(store) if found.step <= step), None)

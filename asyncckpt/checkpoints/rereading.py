@@ -14,7 +14,6 @@ A reading that is right at once costs nothing more.
 """
 
 import logging
-import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -23,7 +22,7 @@ from typing import TypeVar
 from asyncckpt import errors
 from asyncckpt.format import keys
 from asyncckpt.format.digest import Buffer, digest
-from asyncckpt.store.base import Patience, Store
+from asyncckpt.store.base import Patience, PerStore, Store
 
 SAME_READINGS = 3
 _SLICE_S = 0.25  # of a wait: who was stopped meanwhile goes at once
@@ -32,7 +31,7 @@ _MISSING = "missing"
 _SIZE = "size"
 _LOG = logging.getLogger("asyncckpt")
 
-_waited_s: "weakref.WeakKeyDictionary[Store, float]" = weakref.WeakKeyDictionary()  # for what turned out to be damage
+_waited_s = PerStore[float]()  # for what turned out to be damage
 
 Value = TypeVar("Value")
 
@@ -83,7 +82,7 @@ def settled(
     if wrong.evidence == _MISSING and _removed(store, key):
         raise wrong.error.at(key=key)
     seen = [wrong.evidence]
-    hurries = _waited_s.get(store, 0.0) >= patience.most_s
+    hurries = (_waited_s.get(store) or 0.0) >= patience.most_s
     for wait_s in chain(patience.waits_s, repeat(patience.waits_s[-1])):
         if len(seen) > len(patience.waits_s):
             if patience.clock() - began_s + wait_s >= patience.deadline_s:
@@ -103,7 +102,7 @@ def settled(
             wrong = found
             seen.append(wrong.evidence)
             if _stays(seen, patience) and _agrees(fresh, key, wrong):
-                _waited_s[store] = _waited_s.get(store, 0.0) + patience.clock() - began_s
+                _waited_s.set(store, (_waited_s.get(store) or 0.0) + patience.clock() - began_s)
                 raise wrong.error.at(key=key)
     took_s = patience.clock() - began_s
     if len(set(seen)) == 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.marks import read_mark
-from asyncckpt.checkpoints.rereading import Wrong, certain
+from asyncckpt.checkpoints.rereading import Wrong, certain, wrong_size
 from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import Hasher, digest
 from asyncckpt.format.record import ENDING_BYTES, Outline, Record, digest_in, is_sealed, newer
@@ -88,7 +88,10 @@ def judge(store: Store, step: int) -> Standing | None:
 
     def look(place: Store) -> Standing | Wrong | None:
         nonlocal damaged
-        found = _read(place, step, key)
+        try:
+            found = _read(place, step, key)
+        except errors.CorruptCheckpointError as error:  # it became shorter under our hands: nothing is certain
+            return wrong_size(error, lambda _: True)
         if found is None or not found.damaged:
             return found
         damaged = found
@@ -104,11 +107,12 @@ def judge(store: Store, step: int) -> Standing | None:
 
 def _read(store: Store, step: int, key: str) -> Standing | None:
     try:
-        return _judged(step, key, store.get_version(key, max_bytes=limits.RECORD_BYTES))
+        try:
+            return _judged(step, key, store.get_version(key, max_bytes=limits.RECORD_BYTES))
+        except errors.ResourceLimitError:
+            return _judge_large(store, step, key)
     except errors.ObjectNotFoundError:
         return None
-    except errors.ResourceLimitError:
-        return _judge_large(store, step, key)
 
 
 def _judged(step: int, key: str, version: Version) -> Standing:

@@ -11,7 +11,7 @@ from asyncckpt import errors
 from asyncckpt.checkpoints import rereading
 from asyncckpt.checkpoints.marks import is_marked
 from asyncckpt.checkpoints.rereading import Wrong
-from asyncckpt.checkpoints.standing import read_seal
+from asyncckpt.checkpoints.standing import read_seal, survey
 from asyncckpt.format import keys, limits
 from asyncckpt.format.digest import digest
 from asyncckpt.format.index import Index
@@ -29,14 +29,9 @@ class Found:
 
 def find_checkpoints(store: Store) -> Found:
     """One delimited LIST, and two small reads for every damage mark."""
-    steps, marks = set(), set()
-    for entry in store.list(delimiter=True):
-        if (step := keys.parse_record_key(entry.key)) is not None:
-            steps.add(step)
-        elif (step := keys.parse_damaged_key(entry.key)) is not None:
-            marks.add(step)
-    marked = {step for step in steps & marks if is_marked(store, step)}
-    return Found(tuple(sorted(steps - marked)), tuple(sorted(marked)))
+    listed = survey(store)
+    marked = {step for step in listed.records if step in listed.marks and is_marked(store, step)}
+    return Found(tuple(sorted(listed.records.keys() - marked)), tuple(sorted(marked)))
 
 
 def read_record(store: Store, step: int) -> Record:
@@ -70,8 +65,7 @@ def read_record(store: Store, step: int) -> Record:
 def _steps(store: Store) -> list[int]:
     """All that LIST shows, sorted; none where it cannot be asked."""
     with contextlib.suppress(errors.CheckpointError):  # the first error is the one to tell
-        found = (keys.parse_record_key(entry.key) for entry in store.list(delimiter=True))
-        return sorted(step for step in found if step is not None)
+        return sorted(survey(store).records)
     return []
 
 

@@ -3,12 +3,14 @@
 Order: all shards, then state and index, then the record, if absent. A checkpoint exists if and only if its record does.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from asyncckpt import errors
+from asyncckpt.checkpoints.removal import remove_folders
 from asyncckpt.checkpoints.standing import Standing, held, is_replaceable, is_set_aside, judge, lacks_index
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
@@ -84,6 +86,9 @@ def commit(
     )
     put = _RecordPut(store, job, record, sleep, unanswered=again)
     result: Literal["committed", "exists"] = "committed" if put.run() else "exists"
+    if put.stands_already and not put.unanswered:
+        with contextlib.suppress(errors.StoreError):  # what stays is found by its missing record
+            remove_folders(store, [folder])
     return CommitOutcome(
         result=result,
         may_appear=result == "exists" and put.unanswered,
@@ -103,7 +108,7 @@ class _RecordPut:
 
     `unanswered`: a send of the put had no answer that is the store's. It may still arrive, so from then on nobody removes the attempt's
     folder, unless a reading shows the record, and there is no second try once the key was seen free: our record may have stood and
-    have been removed in between.
+    have been removed in between. `stands_already`: the record is that of an earlier attempt of the same save.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class _RecordPut:
         unanswered: bool,
     ) -> None:
         self.unanswered = unanswered
+        self.stands_already = False
         self._store = store
         self._job = job
         self._record = record
@@ -127,7 +133,7 @@ class _RecordPut:
         """Whether the record stands; False if the step is another's."""
         try:
             return self._run()
-        except errors.StoreError as error:
+        except (errors.StoreError, errors.ResourceLimitError) as error:
             if not self.unanswered:
                 raise
             raise errors.CommitUnknownError(
@@ -176,7 +182,9 @@ class _RecordPut:
             return "refused"
         except errors.StoreError as error:
             self.unanswered = self.unanswered or error.unanswered
-            if not self.unanswered or not self._arrived():
+            # a folder shows a name that could not be made durable, and may lose it with the power
+            visible_only = isinstance(error, errors.LocalIOError | errors.DiskFullError)
+            if not self.unanswered or visible_only or not self._arrived():
                 raise
             return "stands"
         # where the store cannot compare, a reading must show that nobody wrote between its look and the put
@@ -197,6 +205,7 @@ class _RecordPut:
                 step=self._job.step,
                 key=self._key,
             )
+        self.stands_already = standing.attempt != self._job.attempt
         return True
 
     def _judged_bytes(self, standing: Standing) -> Version | None:

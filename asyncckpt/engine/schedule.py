@@ -1,7 +1,7 @@
 """Which task of which save is next. Pure: no clock, no I/O; the service and the in-process engine both drive it.
 
-A save is a check (is the step taken?), its shards, and a commit; a failed or needless save ends with the removal of what it stored, unless
-its record may still arrive; a committed one may be followed by retention.
+A save is a check (is the step taken?), its shards, and a commit, which waits for the check where the folder may be another run's. A failed
+or needless save ends with the removal of what it stored, unless its record may still arrive; a committed one may be followed by retention.
 """
 
 from collections import deque
@@ -32,6 +32,7 @@ class Task:
 class JobRun:
     """A save on its way. `filled`: so many of its shards are complete in the arena; `staged`: all are, and nobody wrote meanwhile.
 
+    `checked`: nothing that its check may still find forbids the commit.
     `may_appear`: its record was sent and nobody knows whether it arrives; what was stored must stay.
     """
 
@@ -39,6 +40,7 @@ class JobRun:
     shards: int
     filled: int
     staged: bool
+    checked: bool
     ready: deque[Task] = field(default_factory=deque)
     receipts: dict[int, ShardReceipt] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
@@ -70,7 +72,7 @@ class Schedule:
 
     def submit(self, job: SaveJob, shards: int, *, staged: bool = True) -> JobRun:
         """Take a save in, with its snapshot complete (`staged`) or begun."""
-        run = JobRun(job, shards, shards if staged else 0, staged)
+        run = JobRun(job, shards, shards if staged else 0, staged, checked=not job.newcomer)
         self.runs[job.number] = run
         run.ready.append(self._task("check", run))
         run.ready.extend(self._task("shard", run, shard) for shard in range(shards))
@@ -126,7 +128,10 @@ class Schedule:
         if task.kind == "shard":
             run.receipts[task.shard] = ShardReceipt.from_json(result)
             self._commit_if_complete(run)
-        elif task.kind == "check" and result["exists"] and run.stage in ("shards", "commit"):
+        elif task.kind == "check" and not result["exists"]:
+            run.checked = True
+            self._commit_if_complete(run)
+        elif task.kind == "check" and run.stage in ("shards", "commit"):
             run.exists = True
             self._stop(run)
         elif task.kind == "commit":
@@ -173,7 +178,7 @@ class Schedule:
         return self._advance(task.run)
 
     def _commit_if_complete(self, run: JobRun) -> None:
-        if run.stage == "shards" and run.staged and len(run.receipts) == run.shards:
+        if run.stage == "shards" and run.staged and run.checked and len(run.receipts) == run.shards:
             run.stage = "commit"
             run.ready.append(self._task("commit", run))
 

@@ -7,11 +7,12 @@ A store belongs to one process: make it after a fork.
 
 import re
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Generic, Literal, Self, TypeVar
 
 from asyncckpt.errors import UnsafeCheckpointError
 
@@ -19,6 +20,8 @@ Buffer = bytes | bytearray | memoryview
 Buffers = Sequence[Buffer]
 Progress = Callable[[], None]
 """Called whenever bytes move or a backoff sleeps, so that a slow request is not mistaken for a hang."""
+
+Value = TypeVar("Value")
 
 _PART = r"[a-z0-9_-][a-z0-9._-]*"
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
@@ -184,3 +187,20 @@ class Store(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class PerStore(Generic[Value]):
+    """What is remembered of a store object for as long as it lives. By identity: a user's store may compare by value, or have no hash."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, Value] = {}
+
+    def get(self, store: Store) -> Value | None:
+        """The last value of this store; None if it has none."""
+        return self._values.get(id(store))
+
+    def set(self, store: Store, value: Value) -> None:
+        """Remember it instead of what was."""
+        if id(store) not in self._values:
+            weakref.finalize(store, self._values.pop, id(store), None).atexit = False
+        self._values[id(store)] = value

@@ -210,15 +210,19 @@ class LocalStore(Store):
         raise LocalIOError(f"the folder {folder} vanishes as often as it is made")
 
     def _publish(self, temporary: Path, path: Path, *, if_absent: bool) -> None:
-        """Give a synced file its name, durably."""
+        """Give a synced file its name, durably. A name that is taken is made durable too: who gave it may have died before he did that."""
         temporary.chmod(self._file_mode)
+        taken: FileExistsError | None = None
         for _ in range(_TRIES):
             self._make_folder(path.parent)
             with suppress(FileNotFoundError):
-                if if_absent:
-                    link(temporary, path)
-                else:
-                    temporary.replace(path)
+                try:
+                    if if_absent:
+                        link(temporary, path)
+                    else:
+                        temporary.replace(path)
+                except FileExistsError as error:
+                    taken = error
                 break
         else:
             raise LocalIOError(f"the folder {path.parent} vanishes as often as it is made")
@@ -228,6 +232,8 @@ class LocalStore(Store):
             failed = mapped(error, "put", path.relative_to(self._root).as_posix())
             failed.unanswered = True  # it has its name already
             raise failed from error
+        if taken is not None:
+            raise taken
 
     def _make_folder(self, folder: Path) -> None:
         for last in (*(False,) * _TRIES, True):

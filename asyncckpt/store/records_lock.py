@@ -32,7 +32,7 @@ class RecordsLock:
 
     @contextmanager
     def held(self, key: str) -> Iterator[None]:
-        """Hold it. `TransientStoreError` if somebody else does for half a minute.
+        """Hold it, and take its file away at the end. `TransientStoreError` if somebody else does for half a minute.
 
         Filesystems without locks get one WARNING, and whoever replaces or removes there must be alone.
         """
@@ -40,20 +40,30 @@ class RecordsLock:
         try:
             yield
         finally:
+            self._unlink(descriptor)
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too
             os.close(descriptor)
 
     def remove(self) -> None:
-        """Take the lock file away if nobody holds it. Who waits for it finds that it is gone, and makes another."""
+        """Take the file away that a killed holder left, if nobody holds it."""
         with suppress(OSError):
             descriptor = os.open(self._folder / NAME, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_named(descriptor):
-                    (self._folder / NAME).unlink()
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in _MISSING:  # without locks nobody can hold it
+                        raise
+                self._unlink(descriptor)
             finally:
                 os.close(descriptor)
+
+    def _unlink(self, descriptor: int) -> None:
+        """While the lock is held: who waits for it finds that the file is gone, and makes another."""
+        with suppress(OSError):
+            if self._is_named(descriptor):
+                (self._folder / NAME).unlink()
 
     def _locked(self, key: str) -> int:
         end_s = time.monotonic() + _PATIENCE_S

@@ -128,12 +128,14 @@ class S3Store(Store):
 
     @contextmanager
     def afresh(self) -> Iterator[Store]:
-        spare = self._spares.pop() if self._spares else self._twin()
+        with self._lock:
+            spare = self._spares.pop() if self._spares else self._twin()
         try:
             yield spare
         finally:
             spare._hang_up()
-            self._spares.append(spare)
+            with self._lock:
+                self._spares.append(spare)
 
     def _twin(self) -> "S3Store":
         return S3Store(

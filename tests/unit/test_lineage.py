@@ -2,8 +2,10 @@
 
 import logging
 import threading
+import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -176,6 +178,18 @@ def test_a_newer_checkpoint_above_is_a_conflict_too():
         saver.save(15, state_of(15))
 
 
+def test_an_ordinary_save_asks_once_whether_its_step_is_free_and_then_only_puts():
+    """Each request more is 30 ms on S3, and money."""
+    store = FaultyStore(MemoryStore())
+    with Saver("memory://unused", store=store) as saver:
+        for step in (1, 2):
+            store.calls.clear()
+            saver.save(step, state_of(step)).result(30)
+    assert [operation for operation, _ in store.calls] == ["get", "put", "put", "put", "put"]
+    assert store.calls[0] == ("get", "step-0000000002.json")
+    assert store.calls[-1] == ("put", "step-0000000002.json")
+
+
 def test_only_the_first_save_looks():
     store = CountingStore(MemoryStore())
     with Saver("memory://unused", store=store) as saver:
@@ -210,14 +224,95 @@ def test_a_store_that_hangs_holds_the_first_save_up_for_a_bounded_time_and_no_la
     store = Hanging(of_another_process(100))
     arrival = Arrival(store, lambda: nullcontext(store), adopt=False, wait_s=0.05)
     arrival.begin(10)
-    arrival.admit()
+    arrival.admit(10)
     assert arrival.newcomer, "the engine must look"
     arrival.begin(20)
-    arrival.admit()
+    arrival.admit(20)
     answer.set()
     arrival.close()
+    arrival._wait_s = 30.0
     with pytest.raises(errors.CheckpointConflictError):  # the answer came, if late
-        arrival.admit()
+        arrival.admit(20)
+
+
+def test_a_look_that_was_begun_for_another_step_says_nothing_of_this_one():
+    """The save that it was begun for was refused, or skipped because every arena was in flight."""
+    with Saver("memory://unused", store=of_another_process(100)) as saver:
+        with pytest.raises(errors.UnsupportedObjectError):
+            saver.save(10, {"model": {"w": object()}})
+        assert saver.save(110, state_of(110)).result(30).step == 110
+    with Saver("memory://unused", store=of_another_process(100)) as saver:
+        with pytest.raises(errors.UnsupportedObjectError):
+            saver.save(110, {"model": {"w": object()}})
+        with pytest.raises(errors.CheckpointConflictError, match="step 100"):
+            saver.save(10, state_of(10))
+
+
+def test_where_no_thread_can_be_started_the_engine_looks(monkeypatch):
+    store = of_another_process(100)
+    arrival = Arrival(store, lambda: nullcontext(store), adopt=False)
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for step in (10, 20):
+        arrival.begin(step)
+        arrival.admit(step)
+        assert arrival.newcomer
+    arrival.close()
+
+
+def test_a_later_save_of_the_same_saver_is_no_other_run_for_the_engine_that_looks():
+    """An outage: the first save's look waits between two tries while the second save is committed."""
+    faulty = FaultyStore(MemoryStore(), {1}, operations={"list"})  # the trainer's own look
+    second = threading.Event()
+
+    class Late(FaultyStore):
+        def list(self, prefix="", *, delimiter=False, start_after=""):
+            lines = list(faulty.list(prefix, delimiter=delimiter, start_after=start_after))
+            if threading.current_thread().name.startswith("asyncckpt-upload") and not second.is_set():
+                second.set()
+                return self.inner_after_commit()
+            return lines
+
+        def inner_after_commit(self):
+            committed.wait(30)
+            return list(faulty.inner.list(delimiter=True))
+
+    committed = threading.Event()
+    with Saver("memory://unused", store=Late(faulty), pending=2) as saver:
+        first = saver.save(1, state_of(1))
+        assert second.wait(30)
+        saver.save(2, state_of(2)).result(30)
+        committed.set()
+        assert not first.result(30).skipped
+
+
+def test_whatever_the_look_meets_no_traceback_is_printed_and_the_save_tells():
+    """An error of a user's store that is none of ours; pytest makes one that ends a thread a failure."""
+    faulty = FaultyStore(of_another_process(100), {1}, operations={"list"}, error=lambda: KeyError("vendor's"))
+    with Saver("memory://unused", store=faulty) as saver, pytest.raises(errors.CheckpointConflictError):
+        saver.save(10, state_of(10)).result(30)
+
+
+def test_whoever_leaves_in_a_hurry_does_not_wait_for_a_store_that_is_away():
+    """Ctrl-C while the first save waits for the listing."""
+    answer = threading.Event()
+
+    class Hanging(FaultyStore):
+        def list(self, prefix="", *, delimiter=False, start_after=""):
+            answer.wait(30)
+            return super().list(prefix, delimiter=delimiter, start_after=start_after)
+
+    saver = Saver("memory://unused", store=Hanging(MemoryStore()))
+    saver._launcher.arrival.begin(10)
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), saver:
+        raise KeyboardInterrupt
+    assert time.monotonic() - started_s < 10
+    answer.set()
+    saver._launcher.arrival.close()
 
 
 def test_an_adopting_saver_asks_again_while_nobody_answers():
@@ -225,7 +320,7 @@ def test_an_adopting_saver_asks_again_while_nobody_answers():
     arrival = Arrival(faulty, lambda: nullcontext(faulty), adopt=True, wait_s=15.0)
     for step in (10, 20):
         arrival.begin(step)
-        arrival.admit()
+        arrival.admit(step)
         arrival.close()
     assert not arrival.newcomer
     assert arrival.lineage == "0a0b0c0d"
@@ -255,3 +350,25 @@ def test_retention_leaves_another_runs_checkpoints_alone_and_says_so_once(engine
     told = [line for line in caplog.messages if "another run" in line]
     assert len(told) == 1
     assert "1, 2, 3" in told[0]
+
+
+def test_a_users_store_that_has_no_hash_is_known_and_its_damage_is_passed_over_like_any_others():
+    @dataclass
+    class Plain(MemoryStore):
+        name: str = "a dataclass compares by value, and so has no hash"
+
+        def __post_init__(self):
+            super().__init__()
+
+    store, other = Plain(), Plain()
+    for step in (10, 20, 30):
+        write_checkpoint(store, step, state_of(step), lineage="0a0b0c0d")
+    write_checkpoint(other, 10, state_of(10), lineage="0a0b0c0d")
+    store.put("step-0000000030.json", [b"{"])
+    with Saver("memory://unused", store=store) as saver:
+        with pytest.warns(UserWarning, match="checkpoint 30 cannot be restored"):
+            assert saver.restore(state_of(0)).step == 20
+        saver.save(25, state_of(25)).result(30)
+    assert lineages(MemoryStoreWithout(store, 30))[25] == "0a0b0c0d"
+    with Saver("memory://unused", store=other) as saver, pytest.raises(errors.CheckpointConflictError):
+        saver.save(5, state_of(5))

@@ -1,5 +1,6 @@
 """The commit point: what makes a step exist, who wins, and what is left behind."""
 
+import errno
 import threading
 import time
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from asyncckpt import errors
-from asyncckpt.checkpoints import removal
+from asyncckpt.checkpoints import removal, standing
 from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine import commit as commits
 from asyncckpt.engine.job import SaveJob
@@ -164,6 +165,15 @@ def test_an_earlier_attempt_of_the_same_save_counts_as_committed():
     assert not commits.exists(store, again.job)
     assert again.commit().result == "committed"
     assert value(store) == 1.0
+    assert not [key for key in names(store) if "000002" in key], "what was stored a second time goes"
+
+
+def test_what_was_stored_a_second_time_stays_while_its_own_record_may_still_arrive():
+    store = MemoryStore()
+    Attempt(store, "aaaaaaaa-000001").commit()
+    again = Attempt(store, "aaaaaaaa-000002", earlier_attempts=("aaaaaaaa-000001",))
+    assert again.commit(again=True).result == "committed"
+    assert [key for key in names(store) if "000002" in key]
 
 
 def test_of_many_writers_at_once_exactly_one_commits():
@@ -450,16 +460,32 @@ def test_a_commit_whose_worker_died_does_not_put_its_record_again_where_the_key_
     assert len(records) == 1
 
 
+def test_a_record_too_large_to_be_replaced_does_not_hide_that_ours_may_still_arrive(monkeypatch):
+    store = MemoryStore()
+    store.put(RECORD, [b" " * 5000])
+    monkeypatch.setattr(limits, "RECORD_BYTES", 4000)
+    monkeypatch.setattr(standing, "_HELD_BYTES", 4500)
+    with pytest.raises(errors.ResourceLimitError, match="left alone"):
+        Attempt(store).commit()
+    with pytest.raises(errors.CommitUnknownError, match="left alone"):
+        Attempt(store).commit(again=True)
+
+
 def test_a_name_that_was_given_before_its_sync_failed_is_not_told_as_committed_and_not_removed(tmp_path):
     """The record may be gone after a loss of power, and stands until then."""
-    store = LocalStore(tmp_path)
-    faulty = FaultyStore(
-        store, {PUTS + 1}, after=True, operations={"put"}, error=lambda: errors.LocalIOError("fsync: EIO")
-    )
-    attempt = Attempt(faulty)
-    with pytest.raises(errors.LocalIOError):
-        attempt.commit()
-    removal.abandon(store, STEP, attempt.job.attempt)
+
+    class Failing(LocalStore):
+        def _sync_folders(self, folder):
+            if folder == tmp_path and (tmp_path / RECORD).exists():
+                raise OSError(errno.EIO, "fsync")
+            super()._sync_folders(folder)
+
+    store = Failing(tmp_path)
+    with pytest.raises(errors.CommitUnknownError, match="may still appear") as raised:
+        Attempt(store).commit()
+    assert isinstance(raised.value.__cause__, errors.LocalIOError)
+    with pytest.raises(errors.CommitUnknownError):
+        Attempt(store).commit(again=True)
     assert value(store) == 1.0
 
 

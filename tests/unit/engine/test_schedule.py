@@ -5,8 +5,8 @@ from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
 from asyncckpt.engine.schedule import MAX_DEATHS, Schedule
 
 
-def job(number=1, step=10):
-    return SaveJob(number, step, f"run-{number}", structure=1, arena=number, codec="planes", time_s=0.0)
+def job(number=1, step=10, **fields):
+    return SaveJob(number, step, f"run-{number}", structure=1, arena=number, codec="planes", time_s=0.0, **fields)
 
 
 def receipt(shard):
@@ -327,3 +327,33 @@ def test_retries_are_counted_into_the_outcome():
 def test_no_task_is_remembered_after_the_end():
     for walk in every_walk(shards=1, retention=True):
         assert walk.schedule.tasks == {}, walk.kinds
+
+
+def test_a_save_below_what_may_be_another_runs_commits_only_when_its_check_found_nothing():
+    schedule = Schedule(retention=False)
+    schedule.submit(job(newcomer=True), shards=1)
+    check, shard = take(schedule)
+    finish(schedule, shard)
+    assert take(schedule) == [], "the check waits for a slow store, and the shard did not"
+    finish(schedule, check)
+    (commit,) = take(schedule)
+    assert commit.kind == "commit"
+
+
+def test_a_check_that_finds_another_run_late_ends_the_save_before_its_commit():
+    schedule = Schedule(retention=False)
+    schedule.submit(job(newcomer=True), shards=1)
+    check, shard = take(schedule)
+    finish(schedule, shard)
+    schedule.failed(check, errors.CheckpointConflictError("another run's"))
+    (abandon,) = take(schedule)
+    assert abandon.kind == "abandon"
+
+
+def test_an_ordinary_commit_does_not_wait_for_a_slow_check():
+    schedule = Schedule(retention=False)
+    schedule.submit(job(), shards=1)
+    _, shard = take(schedule)
+    finish(schedule, shard)
+    (commit,) = take(schedule)
+    assert commit.kind == "commit"

@@ -1,5 +1,9 @@
 """Reading again over other connections: what `Store.afresh` gives."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
 import pytest
 
 from asyncckpt.options import RetryPolicy, S3Options
@@ -7,6 +11,7 @@ from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
 from asyncckpt.store.opening import open_store
 from asyncckpt.store.retry import RetryingStore
+from asyncckpt.store.s3 import S3Store
 from tests.faulty import FaultyStore
 from tests.proxy import Proxy
 
@@ -94,3 +99,25 @@ def test_a_fresh_reading_is_retried_like_any_other():
     with RetryingStore(inner, RetryPolicy(), sleep=naps.append).afresh() as fresh:
         assert read(fresh) == b"3456"
     assert naps
+
+
+def test_two_that_want_the_one_idle_connection_at_the_same_moment_both_get_one():
+    class Idle(list):
+        """Where a look and a removal are two steps, both threads have looked before either removes."""
+
+        def __len__(self):
+            seen = super().__len__()
+            with suppress(threading.BrokenBarrierError):
+                looked.wait(0.2)
+            return seen
+
+    looked, both_have = threading.Barrier(2), threading.Barrier(2)
+    with S3Store("bucket") as store:
+        store._spares = Idle([store._twin()])
+
+        def read_afresh(_):
+            with store.afresh(), suppress(threading.BrokenBarrierError):
+                both_have.wait(5)
+
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(read_afresh, range(2)))

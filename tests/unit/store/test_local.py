@@ -369,3 +369,17 @@ def test_a_long_upload_is_synced_as_it_goes(tmp_path, monkeypatch):
         assert len(synced) == 2
         upload.complete()
         assert store.head("a/b").stored_bytes == 10 * len(part)
+
+
+def test_a_taken_name_is_durable_before_anybody_is_told_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gave it may have been killed before its sync, and who is told would take the object for stored."""
+    store = LocalStore(root)
+    store.put("key", [b"x"])
+    calls = record(monkeypatch, root)
+    with pytest.raises(ObjectExistsError):
+        store.put("key", [b"x"], if_absent=True)
+    assert calls[-1] == "fsync ."
+    fail(monkeypatch, "fsync", errno.EIO, 2)
+    with pytest.raises(LocalIOError) as caught:
+        store.put("key", [b"x"], if_absent=True)
+    assert caught.value.unanswered

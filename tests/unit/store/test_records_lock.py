@@ -126,12 +126,17 @@ def test_a_filesystem_without_locks_is_warned_of_once(
     assert len(caplog.records) == 1
     assert "has no locks" in caplog.text
     assert list(store.list()) == []
+    store.close()
+    assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_a_closed_store_leaves_no_lock_file(tmp_path: Path) -> None:
+def test_the_lock_file_goes_with_each_use_and_one_that_a_killed_holder_left_at_the_end(tmp_path: Path) -> None:
+    """A worker that ends does not close its store, and neither does who calls `Run(url).rewind(step)`."""
     root = tmp_path / "root"
+    file = root / ".asyncckpt-unfinished" / records_lock.NAME
     with LocalStore(root) as store:
         store.put("key", [b"a"])
         store.replace("key", [b"b"], store.get_version("key", max_bytes=1))
-        assert (root / ".asyncckpt-unfinished" / records_lock.NAME).exists()
+        assert not file.exists()
+        file.touch()
     assert [path.name for path in root.iterdir()] == ["key"]
