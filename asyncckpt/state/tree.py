@@ -1,5 +1,6 @@
 """A training state as a tree: its tensors, its plain values, and a description of the containers; and back."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, compress
@@ -119,7 +120,7 @@ def unflatten(
         return value.copy() if type(value) in (list, set) else value
     kind, inner = one_item(tree, here)
     if kind == "scalar" and inner in NUMPY_SCALARS:
-        return NUMPY_SCALARS[inner](stored(values, here))
+        return _scalar(NUMPY_SCALARS[inner], stored(values, here), here)
     if kind in MAPPINGS and isinstance(inner, dict):
         pairs = {
             unescaped(name, here): unflatten(node, tensor, values, below(path, name)) for name, node in inner.items()
@@ -137,6 +138,16 @@ def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:
         raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
     array = value.cpu().numpy()
     return array.tobytes() if leaf == BYTES else array
+
+
+def _scalar(kind: type[np.generic], value: Any, path: str) -> np.generic:
+    """The NumPy scalar that `value` is the exact Python number of."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
+        made = kind(value)
+        back = made.item()
+        if type(back) is type(value) and (back == value or np.isnan(value)):
+            return made
+    raise CorruptCheckpointError(f"the state file holds no {kind.__name__} at {path!r}", key=path)
 
 
 def below(path: str | None, name: str) -> str:
@@ -303,7 +314,7 @@ def _structure(description: Description, leaves: list[torch.Tensor], binding: Bi
         aliases=tuple(aliases),
         tree=description.tree,
         parameters={
-            path: tuple(None if at is None else description.tensors[tied.get(at, at)][1] for at in positions)
+            path: tuple(None if at is None else description.tensors[at][1] for at in positions)
             for path, positions in zip(description.optimizers, binding.positions, strict=True)
             if any(at is not None for at in positions)
         },
