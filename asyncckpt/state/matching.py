@@ -142,8 +142,9 @@ class Matching:
         self._named.add(path, tensor)
 
     def names_of(self, parameter: torch.Tensor) -> list[str]:
-        """Where a parameter stands in the state, by the checkpoint's names; tied ones stand at several paths that may be one there."""
-        return [self.real_path(path) for path in self._named.paths(parameter)]
+        """Where a parameter stands in the state; tied ones stand at several paths. Then the same by what the checkpoint stores for aliases."""
+        paths = self._named.paths(parameter)
+        return list(dict.fromkeys([*paths, *map(self.real_path, paths)]))
 
     def real_path(self, path: str) -> str:
         """Of an alias in the checkpoint; any other path is its own."""
