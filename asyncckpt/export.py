@@ -128,7 +128,10 @@ def _name(path: str) -> str:
     """A module's own key. Deeper paths stay as they are: nothing else knows them."""
     if "/" in path:
         return path
-    key = keys.unescape(path)
+    try:
+        key = keys.unescape(path)
+    except (ValueError, errors.ResourceLimitError):  # no tensor of the state: it has a name all the same
+        return path
     return path if isinstance(key, int) or key == "__metadata__" else key
 
 

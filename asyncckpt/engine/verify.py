@@ -11,6 +11,7 @@ from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import decompress
 from asyncckpt.format.index import Index
 from asyncckpt.format.limits import HEADER_BYTES
+from asyncckpt.format.record import newer
 from asyncckpt.format.shard import HeaderTensor, parse_header
 from asyncckpt.format.stored import IndexedShard
 from asyncckpt.store.base import Store
@@ -33,6 +34,8 @@ def verify_objects(store: Store, index: Index, folder: str) -> None:
         header = _read_header(store, shard)
         try:
             described = parse_header(header, shard.raw_bytes)
+        except errors.ResourceLimitError as error:
+            raise newer(f"of a shard, {error}").at(key=shard.key) from error
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
             raise errors.CorruptCheckpointError(f"the shard's header is damaged: {error}", key=shard.key) from error
         if not _agree(described, named.get(number, set()), own=shard.key.startswith(folder)):
