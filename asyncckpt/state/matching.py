@@ -19,7 +19,7 @@ from asyncckpt.state.kinds import complaints, group_complaint
 from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
 from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
-from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES
+from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES, TENSORS
 
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
@@ -288,7 +288,7 @@ class Matching:
             elif name is not None:
                 self.missing(f"{path}/{name}")
         for name, child in left.items():
-            if leaves(child, f"{path}/{name}"):
+            if leaves(child, f"{path}/{name}", TENSORS):
                 self.unexpected(f"{path}/{name}")
             else:
                 places[unescaped(name, path)] = self._value(None, child, f"{path}/{name}")

@@ -1,7 +1,7 @@
 """A training state as a tree: its tensors, its plain values, and a description of the containers; and back."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any
@@ -185,10 +185,10 @@ def stored(values: Mapping[str, Any], path: str) -> Any:
         raise CorruptCheckpointError(f"the state file lacks the value {path!r}", key=path) from error
 
 
-def leaves(tree: Any, path: str | None = None) -> list[str]:
-    """Full paths of the tensors of a tree."""
+def leaves(tree: Any, path: str | None = None, kinds: Collection[str] = LEAVES) -> list[str]:
+    """Full paths of the tensors of a tree. `kinds`: which of them, as users know them."""
     if tree in LEAVES:
-        return [path or ""]
+        return [path or ""] if tree in kinds else []
     if tree == VALUE:
         return []
     kind, inner = one_item(tree, path or "")
@@ -198,7 +198,7 @@ def leaves(tree: Any, path: str | None = None) -> list[str]:
         nodes = {keys.escape(at): node for at, node in enumerate(inner)}.items()
     else:
         return []
-    return list(chain.from_iterable(leaves(node, below(path, name)) for name, node in nodes))
+    return list(chain.from_iterable(leaves(node, below(path, name), kinds) for name, node in nodes))
 
 
 @dataclass(frozen=True, slots=True)
