@@ -55,3 +55,15 @@ def test_a_header_beyond_a_limit_is_newer_and_no_damage(stored, monkeypatch):
     monkeypatch.setattr("asyncckpt.format.limits.TENSORS", 1)
     with pytest.raises(errors.FormatVersionError, match="of a shard, a safetensors header with 2 tensors"):
         verify_objects(store, index, OWN)
+
+
+def test_a_headers_frame_that_states_more_than_it_holds_is_damage(stored):
+    store, index = stored
+    shard = index.shards[0]
+    if not len(shard.frames):
+        pytest.skip("there are no frames")
+    data = bytearray(store.get(shard.key, max_bytes=2**20))
+    data[5] ^= 0x80  # of the size that the frame states
+    store.put(shard.key, [bytes(data)])
+    with pytest.raises(errors.CorruptCheckpointError, match="states"):
+        verify_objects(store, index, OWN)
