@@ -554,8 +554,9 @@ def test_exists_tells_whether_the_step_is_taken(taken):
 @pytest.mark.parametrize("limit", ["INDEX_BYTES", "INDEX_BASE_BYTES", "INDEX_VALUES"])
 def test_an_index_that_no_reader_would_take_is_never_committed(monkeypatch, limit):
     store = MemoryStore()
+    attempt = Attempt(store)
     monkeypatch.setattr(limits, "INDEX_RATIO", 0)
     monkeypatch.setattr(limits, limit, 10)
     with pytest.raises(errors.ResourceLimitError):
-        Attempt(store).commit()
+        attempt.commit()
     assert RECORD not in names(store)
