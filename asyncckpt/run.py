@@ -22,9 +22,9 @@ from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.lineage import Root, note, root_of
 from asyncckpt.options import Best, S3Options
-from asyncckpt.restore import load_from, read_values_of
+from asyncckpt.restore import load_from, read_values_of, specs_of
 from asyncckpt.staging import fetch_tensors
-from asyncckpt.state.tree import leaves
+from asyncckpt.state.tree import check_tree, leaves
 from asyncckpt.state.walk import BYTES
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
@@ -114,7 +114,7 @@ class Checkpoint:
         """
         index = self._index
         with self._reading():
-            read_values_of(self._store, self.record)
+            check_tree(index.tree, specs_of(index), read_values_of(self._store, self.record))
             verify_objects(self._store, index, keys.folder(self.step, self.record.attempt))
         if unmark:
             marks.unmark(self._store, self.step)

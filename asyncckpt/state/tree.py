@@ -133,6 +133,18 @@ def unflatten(
     raise CorruptCheckpointError(f"the index describes {here!r} by an unknown node {str(kind)[:100]!r}", key=here)
 
 
+def check_tree(tree: Any, specs: Mapping[str, tuple[str, tuple[int, ...]]], values: Mapping[str, Any]) -> None:
+    """`CorruptCheckpointError` unless `unflatten` can build it. `specs`: dtype and shape of each stored tensor, by path."""
+    for path in leaves(tree):
+        if path not in specs:
+            raise CorruptCheckpointError(f"the index names no tensor {path!r}", key=path)
+    for path in leaves(tree, kinds={BYTES}):
+        if specs[path][0] != "uint8" or len(specs[path][1]) != 1:
+            raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    unflatten(tree, lambda _: nothing, values)
+
+
 def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:
     if leaf == BYTES and (value.dtype is not torch.uint8 or value.dim() != 1):
         raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
