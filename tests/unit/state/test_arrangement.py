@@ -305,6 +305,20 @@ def test_a_parameter_is_known_by_another_name_of_its_memory():
     assert by_name(other, target) == by_name(model, optimizer)
 
 
+def test_moments_that_are_kept_must_serve_the_options_that_come_with_the_group():
+    model, other = Net("abc"), Net("abd")
+    optimizer, target = torch.optim.AdamW(model.parameters(), amsgrad=True), torch.optim.AdamW(other.parameters())
+    pocket = saved(model, optimizer)
+    stepped(other, target)
+    before = snapshot([other.state_dict(), target.state_dict()])
+    with pytest.raises(StateMismatchError, match="need max_exp_avg_sq"):
+        pocket.restore({"model": other, "optimizer": target}, strict=False)
+    assert snapshot([other.state_dict(), target.state_dict()]) == before
+    fresh = torch.optim.AdamW(other.parameters())
+    pocket.restore({"model": other, "optimizer": fresh}, strict=False)
+    stepped(other, fresh)
+
+
 def test_parameters_of_a_group_that_are_no_list_are_damage():
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
