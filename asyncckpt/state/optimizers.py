@@ -88,9 +88,11 @@ class OptimizerLoad:
         self._arrangement = arrangement
         match.need(inner["param_groups"], f"{path}/param_groups")
         for at, source in enumerate(arrangement.sources):
-            if source is not None:
-                below = f"{path}/param_groups/{keys.escape(source)}"
-                _compare_options(optimizer.param_groups[at], inner["param_groups"]["list"][source], below, match)
+            if (asked := source or 0) < len(
+                inner["param_groups"].get("list", [])
+            ):  # one that takes none is of the same kind, too
+                below = f"{path}/param_groups/{keys.escape(asked)}"
+                _compare_options(optimizer.param_groups[at], inner["param_groups"]["list"][asked], below, match)
         self._parameters = placed(optimizer, arrangement)
         match.found += bool(self._parameters)
         if arrangement.sources != list(range(len(inner["param_groups"]["list"]))):

@@ -319,6 +319,15 @@ def test_moments_that_are_kept_must_serve_the_options_that_come_with_the_group()
     stepped(other, fresh)
 
 
+def test_another_kind_of_optimizer_is_refused_where_no_group_takes_options():
+    model, other = Net("ab"), Net("ab")
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model.children()])
+    optimizer.param_groups[1]["lr"] = 0.5
+    target = torch.optim.Adafactor(other.parameters())
+    with pytest.raises(StateMismatchError, match="another kind of optimizer"):
+        saved(model, optimizer).restore({"model": other, "optimizer": target}, strict=False)
+
+
 def test_parameters_of_a_group_that_are_no_list_are_damage():
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
