@@ -47,9 +47,8 @@ class Names:
     sizes: dict[str, tuple[int, str]]
 
     @classmethod
-    def of(cls, index: Index, *, prefix: str | None, strip: str, step: int) -> "Names":
-        """The tensors below `prefix`, tied ones once: under the name that stands first in the state."""
-        every = [*index.tensors, *index.aliases]
+    def of(cls, index: Index, every: Sequence[str], *, prefix: str | None, strip: str, step: int) -> "Names":
+        """Those of `every` tensor below `prefix`, tied ones once: under the name that stands first in the state."""
         if prefix is None and any(path.startswith("model/") for path in every):
             prefix = "model"
         below = "" if prefix is None else f"{prefix}/"
@@ -128,7 +127,10 @@ def _name(path: str) -> str:
     """A module's own key. Deeper paths stay as they are: nothing else knows them."""
     if "/" in path:
         return path
-    key = keys.unescape(path)
+    try:
+        key = keys.unescape(path)
+    except (ValueError, errors.ResourceLimitError):  # no tensor of the state: it has a name all the same
+        return path
     return path if isinstance(key, int) or key == "__metadata__" else key
 
 

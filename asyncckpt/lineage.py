@@ -15,7 +15,6 @@ from asyncckpt.checkpoints.admission import admit, newest_lineage
 from asyncckpt.store.base import PerStore, Store
 from asyncckpt.store.opening import parse_url
 
-
 _HURRY_S = 1.0
 
 

@@ -160,7 +160,7 @@ def restore_from(
         wanted = plan_restore(
             state,
             index.tree,
-            _specs(index),
+            specs_of(index),
             read_values_of(store, record),
             strict=strict,
             parameters=index.parameters,
@@ -245,7 +245,8 @@ def opened(
         yield place
 
 
-def _specs(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:
+def specs_of(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor by its full path, aliases too."""
     specs = {path: (tensor.dtype, tensor.shape) for path, tensor in index.tensors.items()}
     return specs | {alias: specs[path] for alias, path in index.aliases.items()}
 

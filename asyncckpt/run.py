@@ -22,8 +22,10 @@ from asyncckpt.format.index import Index
 from asyncckpt.format.record import Record
 from asyncckpt.lineage import Root, note, root_of
 from asyncckpt.options import Best, S3Options
-from asyncckpt.restore import load_from, read_values_of
+from asyncckpt.restore import load_from, read_values_of, specs_of
 from asyncckpt.staging import fetch_tensors
+from asyncckpt.state.tree import check_tree, leaves
+from asyncckpt.state.walk import BYTES
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
 
@@ -85,8 +87,10 @@ class Checkpoint:
         return self.record.time
 
     def names(self) -> list[str]:
-        """Full paths of all tensors, tied ones included."""
-        return [*self._index.tensors, *self._index.aliases]
+        """Full paths of all tensors, tied ones included; long `bytes` are none."""
+        index = self._index
+        values = set(leaves(index.tree, kinds={BYTES}))
+        return [path for path in (*index.tensors, *index.aliases) if path not in values]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor by its full path, such as `model/layers.0.weight`; only its bytes are downloaded."""
@@ -110,7 +114,7 @@ class Checkpoint:
         """
         index = self._index
         with self._reading():
-            read_values_of(self._store, self.record)
+            check_tree(index.tree, specs_of(index), read_values_of(self._store, self.record))
             verify_objects(self._store, index, keys.folder(self.step, self.record.attempt))
         if unmark:
             marks.unmark(self._store, self.step)
@@ -138,7 +142,7 @@ class Checkpoint:
 
         Tied tensors are written once. Nothing is left at `path` if it fails.
         """
-        names = Names.of(self._index, prefix=prefix, strip=strip, step=self.step)
+        names = Names.of(self._index, self.names(), prefix=prefix, strip=strip, step=self.step)
         with self._reading():
             if format == "safetensors":
                 export_safetensors(self._tensors, names, path, dtype=dtype)

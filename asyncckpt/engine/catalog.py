@@ -124,10 +124,19 @@ def read_index(store: Store, record: Record) -> Index:
     """The index of a checkpoint, verified against its record."""
     data = _read_file(store, record.index, record, limits.INDEX_BYTES)
     try:
-        return Index.unpack(data)
+        index = Index.unpack(data)
+        _check_folders(index, record)
     except errors.CheckpointError as error:
         error.at(step=record.step, key=record.index.key, attempt=record.attempt)
         raise
+    return index
+
+
+def _check_folders(index: Index, record: Record) -> None:
+    """What no record names is removed after a day, whatever an index says."""
+    for shard in index.shards:
+        if shard.key[: shard.key.rindex("/") + 1] not in record.folders:
+            raise errors.RecordError(f"the index names {shard.key}, outside of the folders of its record")
 
 
 def read_values(store: Store, record: Record) -> list[bytes]:

@@ -8,9 +8,10 @@ from asyncckpt.checkpoints.rereading import Wrong
 from asyncckpt.engine.fetch import fetch
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
-from asyncckpt.format.frames import decompress
+from asyncckpt.format.frames import decode_frame
 from asyncckpt.format.index import Index
 from asyncckpt.format.limits import HEADER_BYTES
+from asyncckpt.format.record import newer
 from asyncckpt.format.shard import HeaderTensor, parse_header
 from asyncckpt.format.stored import IndexedShard
 from asyncckpt.store.base import Store
@@ -33,6 +34,8 @@ def verify_objects(store: Store, index: Index, folder: str) -> None:
         header = _read_header(store, shard)
         try:
             described = parse_header(header, shard.raw_bytes)
+        except errors.ResourceLimitError as error:
+            raise newer(f"of a shard, {error}").at(key=shard.key) from error
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
             raise errors.CorruptCheckpointError(f"the shard's header is damaged: {error}", key=shard.key) from error
         if not _agree(described, named.get(number, set()), own=shard.key.startswith(folder)):
@@ -70,7 +73,8 @@ def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
         return wrong
     try:
         if len(shard.frames):
-            header = decompress(data, int(shard.frames.raw[1]))
+            header = bytearray(int(shard.frames.raw[1]))
+            decode_frame(data, memoryview(header))
         else:
             size = _LENGTH_BYTES + int.from_bytes(data, "little")
             if size > min(HEADER_BYTES, shard.raw_bytes):
@@ -78,12 +82,12 @@ def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
             data = bytearray(size)
             if wrong := rereading.read_into(store, shard.key, 0, memoryview(data)):
                 return wrong
-            header = bytes(data)
+            header = data
         if digest(header) != shard.header_digest:
             raise rereading.mismatch("the shard's header", digest(header), shard.header_digest.hex())
     except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
         return rereading.refused(error, 0, len(data), digest(data))
-    return header
+    return bytes(header)
 
 
 def _named(index: Index) -> dict[int, set[Described]]:

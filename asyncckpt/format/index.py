@@ -190,9 +190,13 @@ def _frames(rows: list[Any], key: str) -> FrameTable:
     try:
         sizes = np.fromiter(chain.from_iterable(rows), np.int64, 2 * len(rows)).reshape(-1, 2)
     except OverflowError as error:
-        raise RecordError("a frame of a size that cannot be", key=key) from error
-    if sizes.min() < 1 or sizes.max() > limits.SIZE:
+        if min(chain.from_iterable(rows)) < 1:
+            raise RecordError("a frame of a size that cannot be", key=key) from error
+        raise ResourceLimitError("a frame of a size above 2^53", key=key) from error
+    if sizes.min() < 1:
         raise RecordError("a frame of a size that cannot be", key=key)
+    if sizes.max() > limits.SIZE:
+        raise ResourceLimitError("a frame of a size above 2^53", key=key)
     raw, stored = sizes[:, 0], sizes[:, 1]
     for largest_bytes, limit_bytes in ((raw[0], limits.HEADER_BYTES), (raw[1:].max(initial=0), limits.BLOCK_BYTES)):
         if largest_bytes > limit_bytes:

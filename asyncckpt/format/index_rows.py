@@ -66,7 +66,7 @@ class TensorRows:
     def _chunks(self, rows: list[Any], kinds: list[tuple[str, str]], counts: list[int]) -> list[IndexedChunk]:
         """All chunks of all tensors, in order."""
         begins, lengths, shards, raw_offsets, digits = _columns(rows, 5, "a chunk's row is not its five fields")
-        if not _below(shards, len(self._raw_bytes)) or not _below(raw_offsets, limits.SIZE + 1):
+        if not _below(shards, len(self._raw_bytes)) or not _sizes(raw_offsets):
             raise RecordError("a chunk in no shard")
         offsets, sizes = _extents(begins), _extents(lengths)
         element_bytes = {kind: DTYPES[kind[0]].element_bytes for kind in set(kinds)}
@@ -97,9 +97,18 @@ def _below(values: list[Any], limit: int) -> bool:
     return _are(values, int) and (not values or (min(values) >= 0 and max(values) < limit))
 
 
+def _sizes(values: list[Any]) -> bool:
+    """Whether these are whole numbers from 0 on; `ResourceLimitError` for one above 2^53."""
+    if not _are(values, int) or (values and min(values) < 0):
+        return False
+    if values and max(values) > limits.SIZE:
+        raise ResourceLimitError("a size or an offset above 2^53")
+    return True
+
+
 def _extents(values: list[Any]) -> list[tuple[int, ...]]:
     """Shapes, offsets or sizes."""
-    if not _are(values, list) or not _below(list(chain.from_iterable(values)), limits.SIZE + 1):
+    if not _are(values, list) or not _sizes(list(chain.from_iterable(values))):
         raise RecordError("a shape, an offset or a size that cannot be")
     if max(map(len, values), default=0) > limits.RANK:
         raise ResourceLimitError(f"a tensor of more than {limits.RANK} dimensions")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from asyncckpt.errors import UnsafeCheckpointError, UnsupportedObjectError
+from asyncckpt.errors import ResourceLimitError, UnsafeCheckpointError, UnsupportedObjectError
 from asyncckpt.format import limits
 
 Key = str | int
@@ -14,7 +14,8 @@ _ESCAPES = {"%": "%25", "/": "%2F", "@": "%40"}
 _SPECIAL = re.compile("[%/@]")
 _UNESCAPES = {"25": "%", "2F": "/", "40": "@", "23": "#", "5F": "_"}
 _ESCAPED = re.compile("%(25|2F|40|23|5F)")
-_INTEGER = re.compile(r"#(0|-?[1-9][0-9]{0,18})")
+_INTEGER = re.compile(r"#(0|-?[1-9][0-9]*)")
+_INTEGER_DIGITS = 19
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,127}"
 _STEP = r"step-([0-9]{10}|[1-9][0-9]{10,15})"
@@ -52,14 +53,20 @@ def escape(key: Key) -> str:
 
 
 def unescape(part: str) -> Key:
-    """Mirror of `escape`; `ValueError` for a part that no key escapes to."""
+    """Mirror of `escape`; `ValueError` for a part that no key escapes to, `ResourceLimitError` for an integer beyond the limit."""
     if part[:1] == "#":
-        number = int(part[1:]) if _INTEGER.fullmatch(part) else limits.KEY_INT
-        if not -limits.KEY_INT <= number < limits.KEY_INT:
+        if not _INTEGER.fullmatch(part):
             raise ValueError(f"not a key: {part[:100]!r}")
+        number = int(part[1:]) if len(part) <= _INTEGER_DIGITS + 2 else limits.KEY_INT
+        if not -limits.KEY_INT <= number < limits.KEY_INT:
+            raise ResourceLimitError(f"an integer key beyond 2^63: {part[:100]!r}")
         return number
     key = _ESCAPED.sub(lambda match: _UNESCAPES[match[1]], part) if "%" in part else part
-    if escape(key) != part:
+    try:
+        escaped = escape(key)
+    except UnsupportedObjectError as error:  # a lone surrogate
+        raise ValueError(f"not a key: {part[:100]!r}") from error
+    if escaped != part:
         raise ValueError(f"not a key: {part[:100]!r}")
     return key
 

@@ -1,10 +1,11 @@
 """The tree of an index: which nodes there are. What they mean to Python is known further up."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from asyncckpt.errors import RecordError, ResourceLimitError
-from asyncckpt.format import limits
+from asyncckpt.format import keys, limits
 from asyncckpt.format.record import newer
 
 LEAVES = frozenset({"tensor", "ndarray", "bytes", "value"})
@@ -17,6 +18,8 @@ SCALARS = frozenset(
     }
 )
 """NumPy's names."""
+
+_UNUSUAL = re.compile("[^\\x00-\\x7f]|[%/@#]|^__metadata__$")
 
 
 def check(tree: Any) -> Any:
@@ -41,6 +44,8 @@ def _children(node: Any) -> Collection[Any]:
     if kind not in MAPPINGS | SEQUENCES | {"scalar"}:
         raise newer(f"its tree has a node {kind[:40]!r}")
     if kind in MAPPINGS and isinstance(inner, dict):
+        for name in filter(_UNUSUAL.search, inner):
+            _check_key(name)
         return inner.values()
     if kind in SEQUENCES and isinstance(inner, list):
         return inner
@@ -49,3 +54,10 @@ def _children(node: Any) -> Collection[Any]:
             raise newer(f"its tree has a scalar {inner[:40]!r}")
         return ()
     raise RecordError(f"a {kind} of the tree holds a {type(inner).__name__}")
+
+
+def _check_key(name: str) -> None:
+    try:
+        keys.unescape(name)
+    except ValueError as error:
+        raise RecordError(f"the tree has an entry {name[:100]!r} that no key escapes to") from error

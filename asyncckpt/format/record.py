@@ -159,6 +159,8 @@ def check_config(config: Any) -> None:
 def _located(key: str, parse: Callable[[], Parsed]) -> Parsed:
     try:
         return parse()
+    except ResourceLimitError as error:
+        raise newer(str(error)).at(key=key) from error
     except CheckpointError as error:
         raise error.at(key=key) from error.__cause__
 
@@ -170,13 +172,10 @@ def _fields(data: bytes) -> strict_json.Fields:
         if digest_in(ending) is None:
             raise RecordError("the record does not end with its digest: it is cut short, or no record")
         raise DigestMismatchError("the record's bytes differ from their digest")
-    try:
-        if len(data) > limits.RECORD_BYTES:
-            raise ResourceLimitError(f"a record of {len(data)} bytes is above {limits.RECORD_BYTES}")
-        value = strict_json.parse(data, "the record", max_values=limits.RECORD_VALUES)
-        strict_json.check(value, "the record", max_depth=limits.RECORD_DEPTH, max_int=limits.CONFIG_INT)
-    except ResourceLimitError as error:
-        raise newer(str(error)) from error
+    if len(data) > limits.RECORD_BYTES:
+        raise ResourceLimitError(f"a record of {len(data)} bytes is above {limits.RECORD_BYTES}")
+    value = strict_json.parse(data, "the record", max_values=limits.RECORD_VALUES)
+    strict_json.check(value, "the record", max_depth=limits.RECORD_DEPTH, max_int=limits.CONFIG_INT)
     return strict_json.Fields(value, "the record")
 
 

@@ -27,6 +27,8 @@ def parse(data: bytes, what: str, *, max_values: int, error: type[CorruptCheckpo
     except RecursionError as cause:
         raise ResourceLimitError(f"{what} is nested too deep") from cause
     except ValueError as cause:
+        if type(cause) is ValueError:  # of an integer with more digits than Python takes
+            raise ResourceLimitError(f"{what} holds a number too long: {cause}") from cause
         reason = str(cause)[:200] if isinstance(cause, _RefusedError | json.JSONDecodeError) else type(cause).__name__
         raise error(f"{what} is not valid: {reason}") from cause
 
@@ -78,10 +80,12 @@ class Fields:
         return self._data.get(name)
 
     def size(self, name: str, *, default: Any = ...) -> Any:
-        """A whole number from 0 to 2^53."""
+        """A whole number from 0 on; `ResourceLimitError` above 2^53."""
         value = self.get(name, int, default=default)
-        if value is not default and not 0 <= value <= limits.SIZE:
+        if value is not default and value < 0:
             raise RecordError(f"{self._what}: {name!r} is {value}")
+        if value is not default and value > limits.SIZE:
+            raise ResourceLimitError(f"{self._what}: {name!r} is above 2^53")
         return value
 
     def rows(self, name: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:

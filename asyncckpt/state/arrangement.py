@@ -3,7 +3,7 @@
 By name where both sides know the names: then the order of the parameters and their groups may be another. Else by position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.format import keys
 from asyncckpt.state.tree import entries_of, leaves, stored, unflatten
 
@@ -63,7 +64,7 @@ class _Arranging:
         self._path, self._match = path, match
         self._nodes = inner["param_groups"].get("list", []) if isinstance(inner["param_groups"], dict) else []
         below = f"{path}/param_groups"
-        self._ids = [list(stored(match.values, f"{below}/{keys.escape(at)}/params")) for at in range(len(self._nodes))]
+        self._ids = [_ids(match.values, f"{below}/{keys.escape(at)}/params") for at in range(len(self._nodes))]
         self._with_state = {keys.unescape(name) for name in inner["state"]["dict"]}
 
     def made(self) -> Arrangement | None:
@@ -72,14 +73,15 @@ class _Arranging:
         return self._by_position() if names is None or own is None else self._by_name(names, own)
 
     def _stored_names(self) -> list[str | None] | None:
-        """Names by position, as the checkpoint stores them; None unless all positions that have state have one."""
+        """Names by position, as the checkpoint stores them; None unless all positions that have state have one, each its own."""
         found = self._match.parameters.get(self._path)
         flat = list(chain.from_iterable(self._ids))
         if found is None or len(found) != len(flat) or len(set(flat)) != len(flat):
             return None
         if any(name is None and number in self._with_state for name, number in zip(found, flat, strict=True)):
             return None
-        return [None if name is None else self._match.real_path(name) for name in found]
+        names = [name for name in found if name is not None]
+        return list(found) if len(set(names)) == len(names) else None
 
     def _own_names(self, nameless: int) -> list[list[str]] | None:
         """All names of each live parameter; None unless as many as in the checkpoint lack one, and none of these has state."""
@@ -107,10 +109,12 @@ class _Arranging:
         flat = list(chain.from_iterable(self._ids))
         free = {name: number for name, number in zip(names, flat, strict=True) if name is not None}
         nameless = iter([number for name, number in zip(names, flat, strict=True) if name is None])
+        by_memory = {self._match.real_path(name): name for name in free}
         found: list[Any] = []
         absent: list[tuple[int, str]] = []
         for at, called in enumerate(own):
-            name = next((name for name in called if name in free), None)
+            candidates = [*called, *(by_memory[name] for name in called if name in by_memory)]
+            name = next((name for name in candidates if name in free), None)
             if called and name is None:
                 absent.append((at, called[0]))
             found.append(free.pop(name) if name else -1 - at if called else next(nameless))
@@ -164,6 +168,14 @@ class _Arranging:
             for name, child in entries.items()
             if name not in NO_OPTIONS
         }
+
+
+def _ids(values: Mapping[str, Any], path: str) -> list[Any]:
+    """The keys of a stored group's parameters."""
+    ids = stored(values, path)
+    if type(ids) is not list:
+        raise CorruptCheckpointError(f"the parameters of a group are no list at {path!r}", key=path)
+    return ids.copy()
 
 
 def _no_tensor(path: str) -> torch.Tensor:

@@ -35,7 +35,8 @@ def check_structure(structure: Structure) -> None:
 
 
 def _check_index(structure: Structure, count: int) -> None:
-    text = json.dumps([structure.tree, [spec.name for spec in structure.tensors], structure.aliases]).encode()
+    names = list(structure.parameters.values())
+    text = json.dumps([structure.tree, [spec.name for spec in structure.tensors], structure.aliases, names]).encode()
     size = len(text) + _ROW_BYTES * count
     if size <= limits.INDEX_BASE_BYTES:
         return

@@ -11,6 +11,8 @@ from asyncckpt.state.rng import RNG
 from asyncckpt.state.tree import entries_of, leaves
 from asyncckpt.state.walk import VALUE
 
+_INNER = "_schedulers"
+"""Of a scheduler that runs others: they (torch 2.13)."""
 _RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
 _SCALER_KEYS = frozenset({"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"})
 
@@ -29,7 +31,7 @@ def complaints(thing: Any, node: Any, path: str) -> Iterator[str]:
         cuda = entries.get("cuda")
         yield from thing.complaints(len(cuda.get("list", ())) if isinstance(cuda, dict) else 0)
     elif isinstance(thing, LRScheduler):
-        yield from _other_scheduler(thing, set(entries))
+        yield from _other_scheduler(thing, entries, path)
     elif thing.is_enabled():
         if not entries:
             yield "the checkpoint was saved with a GradScaler that was disabled; disable this one, or leave it out of the state"
@@ -45,10 +47,24 @@ def _lacking(kind: str, needed: frozenset[str], found: set[str]) -> Iterator[str
         yield f"without {', '.join(sorted(needed - found))}, which {kind} needs"
 
 
-def _other_scheduler(scheduler: LRScheduler, saved: set[str]) -> Iterator[str]:
-    """Attributes that only one side has come and go with torch's versions; when both sides have some, the kinds differ."""
-    ours = {keys.escape(key) for key in scheduler.state_dict() if isinstance(key, str) and not key.startswith("_")}
-    saved = {key for key in saved if not key.startswith("_")}
+def _other_scheduler(scheduler: LRScheduler, entries: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Attributes that only one side has come and go with torch's versions; when both sides have some, the kinds differ.
+
+    Nor is a scheduler of others (SequentialLR, ChainedScheduler) one without, or one of another number.
+    """
+    own, inner = scheduler.state_dict(), getattr(scheduler, _INNER, None)
+    if (_INNER in own) != (_INNER in entries):
+        yield f"a scheduler {'with' if _INNER in entries else 'without'} others inside was saved; the state's is a {type(scheduler).__name__}"
+        return
+    if _INNER in entries and isinstance(inner, list | tuple):
+        nodes = entries[_INNER].get("list", ()) if isinstance(entries[_INNER], dict) else ()
+        if len(nodes) != len(inner):
+            yield f"{len(nodes)} schedulers inside another were saved; the state's has {len(inner)}"
+            return
+        for one, node in zip(inner, nodes, strict=True):
+            yield from _other_scheduler(one, entries_of(node, path) or {}, path)
+    ours = {keys.escape(key) for key in own if isinstance(key, str) and not key.startswith("_")}
+    saved = {key for key in entries if not key.startswith("_")}
     if ours - saved and saved - ours:
         yield (
             f"another kind of scheduler was saved, with {', '.join(sorted(saved - ours))}; "

@@ -19,7 +19,7 @@ from asyncckpt.state.kinds import complaints, group_complaint
 from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
 from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
-from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES
+from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES, TENSORS
 
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
@@ -142,8 +142,9 @@ class Matching:
         self._named.add(path, tensor)
 
     def names_of(self, parameter: torch.Tensor) -> list[str]:
-        """Where a parameter stands in the state, by the checkpoint's names; tied ones stand at several paths that may be one there."""
-        return [self.real_path(path) for path in self._named.paths(parameter)]
+        """Where a parameter stands in the state; tied ones stand at several paths. Then the same by what the checkpoint stores for aliases."""
+        paths = self._named.paths(parameter)
+        return list(dict.fromkeys([*paths, *map(self.real_path, paths)]))
 
     def real_path(self, path: str) -> str:
         """Of an alias in the checkpoint; any other path is its own."""
@@ -287,7 +288,7 @@ class Matching:
             elif name is not None:
                 self.missing(f"{path}/{name}")
         for name, child in left.items():
-            if leaves(child, f"{path}/{name}"):
+            if leaves(child, f"{path}/{name}", TENSORS):
                 self.unexpected(f"{path}/{name}")
             else:
                 places[unescaped(name, path)] = self._value(None, child, f"{path}/{name}")

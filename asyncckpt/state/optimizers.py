@@ -52,6 +52,10 @@ NEEDS = {
 """What a step of torch.optim's own classes reads of a parameter that has state (their sources, torch 2.13)."""
 
 
+_NEEDED_BY = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+"""And what it reads under an option."""
+
+
 class _Ids(list[Any]):
     """A group's parameter ids: torch's loader asks for every single value whether its parameter is among them.
 
@@ -84,9 +88,11 @@ class OptimizerLoad:
         self._arrangement = arrangement
         match.need(inner["param_groups"], f"{path}/param_groups")
         for at, source in enumerate(arrangement.sources):
-            if source is not None:
-                below = f"{path}/param_groups/{keys.escape(source)}"
-                _compare_options(optimizer.param_groups[at], inner["param_groups"]["list"][source], below, match)
+            if (asked := source or 0) < len(
+                inner["param_groups"].get("list", [])
+            ):  # one that takes none is of the same kind, too
+                below = f"{path}/param_groups/{keys.escape(asked)}"
+                _compare_options(optimizer.param_groups[at], inner["param_groups"]["list"][asked], below, match)
         self._parameters = placed(optimizer, arrangement)
         match.found += bool(self._parameters)
         if arrangement.sources != list(range(len(inner["param_groups"]["list"]))):
@@ -100,6 +106,7 @@ class OptimizerLoad:
             self._offer(name, child, below, match, fillable=fillable)
         if arrangement.by_name:
             self._parameters = placed(optimizer, arrangement)
+            self._compare_kept(match)
 
     def _reshaped(self, name: str, node: Any, path: str, match: "Matching") -> bool:
         """Under `strict=False` a parameter whose shape has changed, as its name tells for certain, keeps the state that it has."""
@@ -151,6 +158,21 @@ class OptimizerLoad:
             match.problems.append(
                 f"{path}: without {', '.join(sorted(map(str, lacking)))}, which {kind.__name__} needs: the checkpoint holds another kind of optimizer"
             )
+
+    def _compare_kept(self, match: "Matching") -> None:
+        """State that a parameter keeps must serve the options that its group takes from the checkpoint."""
+        found, groups = self._arrangement, self._optimizer.param_groups
+        for group, ids, source in zip(groups, found.ids, found.sources, strict=True) if self._is_torchs else ():
+            path = f"{self._path}/param_groups/{keys.escape(source or 0)}"
+            needed = {
+                key for option, key in _NEEDED_BY.items() if source is not None and match.values.get(f"{path}/{option}")
+            }
+            for parameter, number in zip(group["params"], ids, strict=True):
+                kept = _state_of(self._optimizer, parameter) if number not in self._parameters else {}
+                if kept and needed - set(kept):
+                    match.problems.append(
+                        f"{path}: its options need {', '.join(sorted(needed - set(kept)))}, which a parameter's state lacks"
+                    )
 
     def _offer(self, name: str, node: Any, path: str, match: "Matching", *, fillable: bool) -> None:
         """Values go into state that exists, bytes perhaps straight there, or into new tensors where it does not."""

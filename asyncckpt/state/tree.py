@@ -1,6 +1,7 @@
 """A training state as a tree: its tensors, its plain values, and a description of the containers; and back."""
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any
@@ -119,7 +120,7 @@ def unflatten(
         return value.copy() if type(value) in (list, set) else value
     kind, inner = one_item(tree, here)
     if kind == "scalar" and inner in NUMPY_SCALARS:
-        return NUMPY_SCALARS[inner](stored(values, here))
+        return _scalar(NUMPY_SCALARS[inner], stored(values, here), here)
     if kind in MAPPINGS and isinstance(inner, dict):
         pairs = {
             unescaped(name, here): unflatten(node, tensor, values, below(path, name)) for name, node in inner.items()
@@ -132,11 +133,33 @@ def unflatten(
     raise CorruptCheckpointError(f"the index describes {here!r} by an unknown node {str(kind)[:100]!r}", key=here)
 
 
+def check_tree(tree: Any, specs: Mapping[str, tuple[str, tuple[int, ...]]], values: Mapping[str, Any]) -> None:
+    """`CorruptCheckpointError` unless `unflatten` can build it. `specs`: dtype and shape of each stored tensor, by path."""
+    for path in leaves(tree):
+        if path not in specs:
+            raise CorruptCheckpointError(f"the index names no tensor {path!r}", key=path)
+    for path in leaves(tree, kinds={BYTES}):
+        if specs[path][0] != "uint8" or len(specs[path][1]) != 1:
+            raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    unflatten(tree, lambda _: nothing, values)
+
+
 def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:
     if leaf == BYTES and (value.dtype is not torch.uint8 or value.dim() != 1):
         raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
     array = value.cpu().numpy()
     return array.tobytes() if leaf == BYTES else array
+
+
+def _scalar(kind: type[np.generic], value: Any, path: str) -> np.generic:
+    """The NumPy scalar that `value` is the exact Python number of."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
+        made = kind(value)
+        back = made.item()
+        if type(back) is type(value) and (back == value or np.isnan(value)):
+            return made
+    raise CorruptCheckpointError(f"the state file holds no {kind.__name__} at {path!r}", key=path)
 
 
 def below(path: str | None, name: str) -> str:
@@ -174,10 +197,10 @@ def stored(values: Mapping[str, Any], path: str) -> Any:
         raise CorruptCheckpointError(f"the state file lacks the value {path!r}", key=path) from error
 
 
-def leaves(tree: Any, path: str | None = None) -> list[str]:
-    """Full paths of the tensors of a tree."""
+def leaves(tree: Any, path: str | None = None, kinds: Collection[str] = LEAVES) -> list[str]:
+    """Full paths of the tensors of a tree. `kinds`: which of them, as users know them."""
     if tree in LEAVES:
-        return [path or ""]
+        return [path or ""] if tree in kinds else []
     if tree == VALUE:
         return []
     kind, inner = one_item(tree, path or "")
@@ -187,7 +210,7 @@ def leaves(tree: Any, path: str | None = None) -> list[str]:
         nodes = {keys.escape(at): node for at, node in enumerate(inner)}.items()
     else:
         return []
-    return list(chain.from_iterable(leaves(node, below(path, name)) for name, node in nodes))
+    return list(chain.from_iterable(leaves(node, below(path, name), kinds) for name, node in nodes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +326,7 @@ def _structure(description: Description, leaves: list[torch.Tensor], binding: Bi
         aliases=tuple(aliases),
         tree=description.tree,
         parameters={
-            path: tuple(None if at is None else description.tensors[tied.get(at, at)][1] for at in positions)
+            path: tuple(None if at is None else description.tensors[at][1] for at in positions)
             for path, positions in zip(description.optimizers, binding.positions, strict=True)
             if any(at is not None for at in positions)
         },

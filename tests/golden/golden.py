@@ -72,6 +72,7 @@ def state() -> dict:
             "none": None,
             "yes": True,
             "bytes": b"\x00\xff",
+            "long bytes": bytes(range(256)) * 4096,
             "complex": 1 + 2j,
             "list": [1, 2.0, "x"],
             "tuple": (1, None),
@@ -84,6 +85,34 @@ def state() -> dict:
     }
 
 
+class Net(torch.nn.Module):
+    """Two layers of equal shapes: what tells them apart is their name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 4)
+        self.second = torch.nn.Linear(6, 4)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters(), 1):
+                parameter.copy_(number * weights(parameter.numel(), torch.float32).reshape(parameter.shape))
+
+    def optimizer(self, *, turned: bool = False) -> torch.optim.SGD:
+        """`turned`: the second layer first."""
+        layers = (self.second, self.first) if turned else (self.first, self.second)
+        groups = [{"params": list(layer.parameters())} for layer in layers]
+        return torch.optim.SGD(groups, lr=0.5, momentum=0.5)
+
+
+def trained() -> dict:
+    """A module and its optimizer after one step, which is exact: halves of small fractions of a power of two."""
+    net = Net()
+    optimizer = net.optimizer()
+    for parameter in net.parameters():
+        parameter.grad = parameter.detach() * 2
+    optimizer.step()
+    return {"net": net, "optimizer": optimizer}
+
+
 def main(folder: Path) -> None:
     """Write one checkpoint a codec, and one by hand."""
     from tests.golden.by_hand import write_boxes  # it needs what stands above
@@ -92,7 +121,7 @@ def main(folder: Path) -> None:
         write_boxes(folder / f"boxes-{codec}", codec)
     for codec in CODECS:
         with asyncckpt.Saver(folder / codec, codec=codec, config={"lr": 0.001}, workers=1) as saver:
-            saver.save(STEP, state(), metrics={"loss": 0.5}, epoch=7, tags=("golden",), pin=True)
+            saver.save(STEP, state() | trained(), metrics={"loss": 0.5}, epoch=7, tags=("golden",), pin=True)
             saver.wait()
 
 

@@ -11,7 +11,7 @@ from asyncckpt.engine.catalog import read_checkpoint
 from asyncckpt.format.box import run_start
 from asyncckpt.store.local import LocalStore
 from tests.golden.by_hand import EARLIER, boxes_state
-from tests.golden.golden import CODECS, STEP, state
+from tests.golden.golden import CODECS, STEP, Net, state, trained
 
 ALL = sorted(path for path in Path(__file__).parent.glob("v*/*") if path.is_dir())
 FOLDERS = [path for path in ALL if not path.name.startswith("boxes-")]
@@ -40,7 +40,7 @@ def test_there_is_a_golden_checkpoint_of_every_codec():
 def test_a_golden_checkpoint_loads_bit_exact(folder):
     loaded = asyncckpt.load(folder)
     expected = state()
-    assert set(loaded) == set(expected)
+    assert set(loaded) == {*expected, *trained()}
     for key in expected:
         assert equal(expected[key], loaded[key]), key
     assert loaded["model"]["tied.a"].data_ptr() == loaded["model"]["tied.b"].data_ptr()
@@ -52,6 +52,28 @@ def test_a_golden_checkpoint_verifies_and_keeps_what_was_said_of_it(folder):
     checkpoint.verify()
     assert (checkpoint.metrics, checkpoint.epoch, checkpoint.tags) == ({"loss": 0.5}, 7, ("golden",))
     assert checkpoint.config == {"lr": 0.001}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_a_golden_optimizer_is_restored_by_the_names_of_its_parameters(folder):
+    expected, net = trained(), Net()
+    optimizer = net.optimizer(turned=True)
+    asyncckpt.restore(folder, {"net": net, "optimizer": optimizer})
+    assert equal(expected["net"].state_dict(), net.state_dict())
+    for one, other in zip(expected["net"].parameters(), net.parameters(), strict=True):
+        assert equal(expected["optimizer"].state[one], optimizer.state[other])
+    _, index = read_checkpoint(LocalStore(folder), STEP)
+    names = [f"net/{layer}.{name}" for layer in ("first", "second") for name in ("weight", "bias")]
+    assert index.parameters == {"optimizer": tuple(names)}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_a_golden_checkpoint_has_long_bytes_as_a_leaf_and_a_lineage(folder):
+    record, index = read_checkpoint(LocalStore(folder), STEP)
+    assert index.tree["dict"]["values"]["dict"]["long bytes"] == "bytes"
+    assert index.tensors["values/long bytes"].dtype == "uint8"
+    assert len(record.lineage) == 8
+    assert record.requires == ()
 
 
 @pytest.mark.parametrize("folder", BOXES, ids=lambda path: f"{path.parent.name}-{path.name}")

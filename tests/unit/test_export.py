@@ -176,7 +176,7 @@ def test_a_large_model_is_cut_into_files_that_transformers_joins(tmp_path):
     kind, config = llama()
     original = kind(config)
     checkpoint = checkpoint_of({"model": original})
-    names = Names.of(checkpoint._index, prefix="model", strip="", step=1)
+    names = Names.of(checkpoint._index, checkpoint.names(), prefix="model", strip="", step=1)
     export_huggingface(checkpoint._tensors, names, tmp_path / "hf", config=config, shard_bytes=30_000)
     files = names_in(tmp_path / "hf")
     assert files[0] == "config.json"

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import asyncckpt
@@ -220,6 +221,20 @@ def test_long_bytes_are_no_part_of_the_state_file_and_are_not_copied_to_be_read(
     assert Flattener().flatten({"replay": value}).tensors[0].data_ptr() == kept
 
 
+@pytest.mark.parametrize("size", [3, 2 * MIB])
+def test_bytes_enter_a_dict_that_has_no_such_key_whatever_their_length(size):
+    target = {"meta": {}}
+    Pocket.of({"meta": {"replay": b"x" * size, "number": 1}}).restore(target)
+    assert target == {"meta": {"replay": b"x" * size, "number": 1}}
+
+
+def test_long_bytes_are_not_exported_and_are_no_tensor_by_name(tmp_path):
+    found = saved(tmp_path / "run", {"model": {"w": torch.ones(2), "extra": b"ab" * MIB, "list": [b"cd" * MIB]}})
+    assert found.names() == ["model/w"]
+    found.export(tmp_path / "weights.safetensors")
+    assert list(safetensors.torch.load_file(tmp_path / "weights.safetensors")) == ["w"]
+
+
 def test_a_leaf_of_bytes_that_is_another_tensor_is_corrupt():
     pocket = Pocket.of({"replay": b"ab" * MIB})
     pocket.data["replay"] = torch.zeros(2, 2)
@@ -235,7 +250,7 @@ def test_a_tensor_does_not_take_long_bytes():
 def test_the_state_files_limit_counts_all_of_them(tmp_path, monkeypatch):
     saved(tmp_path, {"v": "x" * 1000})
     monkeypatch.setattr(limits, "STATE_BYTES", 1000)
-    with pytest.raises(asyncckpt.errors.FormatVersionError, match="1000 are read"):
+    with pytest.raises(asyncckpt.errors.FormatVersionError, match="and 1000 are read"):
         asyncckpt.load(tmp_path, step=1)
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from asyncckpt import errors
 from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine.catalog import read_record
 from asyncckpt.format import keys
+from asyncckpt.format.digest import hexdigest
+from asyncckpt.format.frames import compress, decompress
 from asyncckpt.run import Run
 from asyncckpt.store.base import Store
 from asyncckpt.store.memory import MemoryStore
@@ -352,3 +356,24 @@ def test_a_run_closes_the_store_that_it_opened_and_not_the_users(tmp_path):
 def name_folder(store: Store, step: int, folder: str) -> None:
     """Make the record of a step name another folder too, as a later format of deltas will."""
     change_record(store, step, folders=[folder, *read_record(store, step).folders])
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        ({"w": "tensor", "gone": "tensor"}, "names no tensor 'gone'"),
+        ({"w": "bytes"}, "'w' as bytes"),
+        ({"w": "tensor", "n": "value"}, "lacks the value 'n'"),
+    ],
+)
+def test_verify_finds_what_no_load_could_build(tree, reason):
+    store = MemoryStore()
+    write_checkpoint(store, 20, {"w": torch.ones(2)})
+    record = read_record(store, 20)
+    fields = json.loads(decompress(store.get(record.index.key, max_bytes=2**20), 2**20))
+    stored = compress(json.dumps(fields | {"tree": {"dict": tree}}).encode())
+    store.put(record.index.key, [stored])
+    named = {"key": record.index.key, "bytes": len(stored), "digest": hexdigest(stored)}
+    change_record(store, 20, index=named)
+    with pytest.raises(errors.CorruptCheckpointError, match=reason):
+        Run("memory:", store=store).get(20).verify()

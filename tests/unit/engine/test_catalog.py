@@ -1,10 +1,13 @@
 """Records, indexes and state files: damaged, newer, missing, or only misread."""
 
 import pytest
+import torch
 
 from asyncckpt import errors
 from asyncckpt.engine.catalog import read_index, read_record, read_values
 from asyncckpt.format import keys, limits
+from asyncckpt.format.digest import hexdigest
+from asyncckpt.format.frames import compress, decompress
 from asyncckpt.format.record import sealed
 from asyncckpt.store.memory import MemoryStore
 from tests.records import change_record, fields_of, record_text
@@ -188,3 +191,21 @@ def test_a_record_whose_text_is_sealed_and_no_json_is_damaged():
     store.put(RECORD, [sealed(b'{"format" 1\n}')])
     with pytest.raises(errors.RecordError):
         read_record(BadPath(store), 20)
+
+
+def test_a_shard_outside_of_the_folders_that_the_record_names_is_damage():
+    store = MemoryStore()
+    write_checkpoint(store, 20, {"w": torch.ones(2)})
+    record, _, _ = read_all(store)
+    (own,) = record.folders
+    other = own.replace("step-0000000020", "step-0000000019")
+    text = decompress(store.get(record.index.key, max_bytes=2**20), 2**20)
+    stored = compress(text.replace(own.encode(), other.encode()))
+    store.put(record.index.key, [stored])
+    named = {"key": record.index.key, "bytes": len(stored), "digest": hexdigest(stored)}
+    change_record(store, 20, index=named)
+    with pytest.raises(errors.RecordError, match="outside of the folders") as caught:
+        read_all(store)
+    assert caught.value.key == record.index.key
+    change_record(store, 20, folders=[other, own])
+    read_all(store)

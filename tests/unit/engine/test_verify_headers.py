@@ -48,3 +48,22 @@ def test_a_shard_of_its_own_holds_what_the_index_names_and_nothing_else(stored):
         verify_objects(store, index, keys.folder(EARLIER, ATTEMPTS[EARLIER]))
     with pytest.raises(errors.CorruptCheckpointError, match="header and the index differ"):
         verify_objects(store, renamed(index, "model/scalar"), OWN)
+
+
+def test_a_header_beyond_a_limit_is_newer_and_no_damage(stored, monkeypatch):
+    store, index = stored
+    monkeypatch.setattr("asyncckpt.format.limits.TENSORS", 1)
+    with pytest.raises(errors.FormatVersionError, match="of a shard, a safetensors header with 2 tensors"):
+        verify_objects(store, index, OWN)
+
+
+def test_a_headers_frame_that_states_more_than_it_holds_is_damage(stored):
+    store, index = stored
+    shard = index.shards[0]
+    if not len(shard.frames):
+        pytest.skip("there are no frames")
+    data = bytearray(store.get(shard.key, max_bytes=2**20))
+    data[5] ^= 0x80  # of the size that the frame states
+    store.put(shard.key, [bytes(data)])
+    with pytest.raises(errors.CorruptCheckpointError, match="states"):
+        verify_objects(store, index, OWN)

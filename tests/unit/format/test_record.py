@@ -83,6 +83,8 @@ def test_the_digest_can_be_checked_by_hand():
         ({"format": 2, "index": 5, "states": None, "metrics": "other"}, "format 2"),
         ({"requires": ["delta"]}, "'delta'"),
         ({"config": {"seed": 2**70}}, "integer"),
+        ({"states": [GOOD["index"] | {"bytes": 2**53 + 1}]}, r"above 2\^53"),
+        ({"epoch": 2**53 + 1}, r"above 2\^53"),
         ({"tags": ["x"] * 2_000_001}, "values"),
     ],
 )
@@ -99,6 +101,12 @@ def test_a_newer_record_still_tells_what_retention_must_leave_alone():
     assert (outline.step, outline.attempt, outline.folders) == (1000, RECORD.attempt, RECORD.folders)
     assert (outline.pinned, outline.newer != "") == (True, True)
     assert Outline.parse(RECORD.to_json(), KEY).newer == ""
+
+
+def test_an_integer_of_more_digits_than_python_reads_is_newer():
+    text = seal(GOOD).replace(b"2.5", b"9" * 5000)
+    with pytest.raises(FormatVersionError, match="number too long"):
+        Record.parse(sealed(text[:-ENDING_BYTES] + b"\n}\n"), KEY)
 
 
 def test_a_record_comes_back():
@@ -155,7 +163,6 @@ def test_a_number_that_cannot_be_is_refused(field, value):
         {"index": GOOD["index"] | {"digest": "é" * 64}},
         {"states": {}},
         {"states": [None]},
-        {"states": [GOOD["index"] | {"bytes": 2**63}]},
         {"folders": []},
         {"folders": ["step-0000000900/0a1b2c3d-3/"]},
         {"lineage": ""},
@@ -196,7 +203,6 @@ def test_a_key_outside_of_the_checkpoints_is_refused(key):
         RECORD.to_json().replace(b"2.5", b"NaN"),
         RECORD.to_json().replace(b"2.5", b"-Infinity"),
         RECORD.to_json().replace(b"2.5", b"1e999"),
-        RECORD.to_json().replace(b"2.5", b"9" * 5000),
     ],
 )
 def test_what_is_no_strict_json_is_refused(text):

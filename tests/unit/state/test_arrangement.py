@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from asyncckpt.errors import StateMismatchError
+from asyncckpt.errors import CorruptCheckpointError, StateMismatchError
 from tests.unit.state.pocket import Pocket, snapshot
 
 
@@ -266,3 +266,72 @@ def test_a_warm_flattener_sees_that_parameters_changed_their_order():
     assert flattener.flatten(state).structure is first
     optimizer.param_groups[0]["params"].reverse()
     assert list(flattener.flatten(state).structure.parameters["optimizer"]) == list(first.parameters["optimizer"])[::-1]
+
+
+class TwoNames(nn.Module):
+    """Two parameters over one memory: tied for the checkpoint, and each with moments of its own."""
+
+    def __init__(self, order="ab"):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4))
+        self.b = nn.Parameter(self.a.data)
+        self.order = order
+
+    def optimizer(self):
+        return torch.optim.AdamW([getattr(self, name) for name in self.order])
+
+    def step(self, optimizer):
+        self.a.grad, self.b.grad = torch.full((4,), 1.0), torch.full((4,), 2.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_two_parameters_over_one_memory_get_their_own_moments_back(order, detached):
+    model, other = TwoNames(), TwoNames("ab" if detached else order)
+    optimizer, target = model.optimizer(), other.optimizer()
+    model.step(optimizer)
+    given, taken = (one.state_dict() if detached else one for one in (model, other))
+    Pocket.of({"model": given, "optimizer": optimizer}).restore({"model": taken, "optimizer": target})
+    assert by_name(other, target) == by_name(model, optimizer)
+
+
+def test_a_parameter_is_known_by_another_name_of_its_memory():
+    model, other = Net("ab"), Net("ba")
+    optimizer, target = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(other.parameters())
+    stepped(model, optimizer)
+    pocket = Pocket.of({"copy": model.state_dict(), "model": model, "optimizer": optimizer})
+    pocket.restore({"copy": other.state_dict(), "optimizer": target})
+    assert by_name(other, target) == by_name(model, optimizer)
+
+
+def test_moments_that_are_kept_must_serve_the_options_that_come_with_the_group():
+    model, other = Net("abc"), Net("abd")
+    optimizer, target = torch.optim.AdamW(model.parameters(), amsgrad=True), torch.optim.AdamW(other.parameters())
+    pocket = saved(model, optimizer)
+    stepped(other, target)
+    before = snapshot([other.state_dict(), target.state_dict()])
+    with pytest.raises(StateMismatchError, match="need max_exp_avg_sq"):
+        pocket.restore({"model": other, "optimizer": target}, strict=False)
+    assert snapshot([other.state_dict(), target.state_dict()]) == before
+    fresh = torch.optim.AdamW(other.parameters())
+    pocket.restore({"model": other, "optimizer": fresh}, strict=False)
+    stepped(other, fresh)
+
+
+def test_another_kind_of_optimizer_is_refused_where_no_group_takes_options():
+    model, other = Net("ab"), Net("ab")
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model.children()])
+    optimizer.param_groups[1]["lr"] = 0.5
+    target = torch.optim.Adafactor(other.parameters())
+    with pytest.raises(StateMismatchError, match="another kind of optimizer"):
+        saved(model, optimizer).restore({"model": other, "optimizer": target}, strict=False)
+
+
+def test_parameters_of_a_group_that_are_no_list_are_damage():
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pocket = saved(model, optimizer)
+    pocket.values["optimizer/param_groups/#0/params"] = None
+    with pytest.raises(CorruptCheckpointError, match="no list at 'optimizer/param_groups/#0/params'"):
+        pocket.restore({"model": model, "optimizer": optimizer})

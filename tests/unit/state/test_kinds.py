@@ -102,6 +102,27 @@ def test_a_scheduler_of_another_kind_is_refused(strict):
     unchanged({"s": [1]}, {"s": cosine}, "something else", strict=strict)
 
 
+def warmed(optimizer, *more):
+    inner = [lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3), *more]
+    return lr_scheduler.SequentialLR(optimizer, inner, milestones=[*range(2, 1 + len(inner))])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_scheduler_of_others_is_refused_beside_one_without_and_beside_another_number(strict):
+    optimizer = stepped("SGD")["optimizer"]
+    plain, warm = lr_scheduler.StepLR(optimizer, 3), warmed(optimizer)
+    more = warmed(optimizer, lr_scheduler.ExponentialLR(optimizer, 0.5))
+    unchanged({"s": plain}, {"s": warm}, "without others inside was saved", strict=strict)
+    unchanged({"s": warm}, {"s": plain}, "with others inside was saved", strict=strict)
+    unchanged({"s": more}, {"s": warm}, "3 schedulers inside another were saved; the state's has 2", strict=strict)
+    other = lr_scheduler.SequentialLR(optimizer, [plain, lr_scheduler.StepLR(optimizer, 3)], milestones=[2])
+    unchanged({"s": other}, {"s": warm}, "another kind of scheduler", strict=strict)
+    warm._schedulers[0].last_epoch = 5
+    target = warmed(stepped("SGD")["optimizer"])
+    Pocket.of({"s": warm}).restore({"s": target}, strict=strict)
+    assert seen({"s": target}) == seen({"s": warm})
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_state_of_a_disabled_scaler_is_refused_by_one_that_is_enabled(strict):
     off, on = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))

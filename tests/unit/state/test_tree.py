@@ -396,6 +396,15 @@ def test_a_malformed_tree_is_called_corrupt(tree):
         unflatten(tree, torch.zeros, dict.fromkeys(["", "%zz"], 1))
 
 
+@pytest.mark.parametrize(
+    "stored", [("int8", 300), ("int8", "3"), ("uint64", -1), ("int64", 1.5), ("float16", 1e10), ("float32", [0.5])]
+)
+def test_a_numpy_scalar_whose_value_is_not_its_exact_number_is_called_corrupt(stored):
+    kind, value = stored
+    with pytest.raises(CorruptCheckpointError, match=r"no .* at 'x'"):
+        unflatten({"dict": {"x": {"scalar": kind}}}, None, {"x": value})
+
+
 def test_a_bottomless_tree_is_called_corrupt():
     tree = "value"
     for _, kind in zip(range(300), itertools.cycle(["dict", "list"]), strict=False):
