@@ -284,6 +284,7 @@ class Launcher:
             on_exists=request.on_exists,
             probe=not self._probed,
             newcomer=self.arrival.newcomer,
+            restored=self.arrival.restored,
         )
 
     def _forgotten(self, planned: Planned) -> None:

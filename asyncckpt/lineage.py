@@ -20,10 +20,10 @@ _HURRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What this process knows of a root. `restored`: it has read a checkpoint there, and so knows what it does."""
+    """What this process knows of a root. `restored`: the step that it last read there; None if it only saved."""
 
     lineage: str
-    restored: bool
+    restored: int | None
 
 
 Root = Store | str
@@ -38,10 +38,10 @@ def root_of(url: str | os.PathLike[str], store: object) -> Root:
     return store if isinstance(store, Store) else str(parse_url(url))
 
 
-def note(root: Root, lineage: str, *, restored: bool) -> None:
-    """This process has restored a checkpoint of this lineage below the root, or committed one."""
+def note(root: Root, lineage: str, *, restored: int | None) -> None:
+    """This process has restored a checkpoint of this lineage below the root, of this step, or committed one (None)."""
     before = known(root)
-    made = Note(lineage, restored or (before is not None and before.restored))
+    made = Note(lineage, before.restored if restored is None and before is not None else restored)
     if isinstance(root, str):
         _by_url[root] = made
     else:
@@ -74,6 +74,8 @@ class Arrival:
         self._open_store = open_store
         self._adopt = adopt
         self._wait_s = wait_s
+        self.restored = -1
+        """The step that this process last read there, -1 if none: what stands above it is another branch."""
         self._settled = False
         self._waited = False
         self._thread: threading.Thread | None = None
@@ -86,10 +88,14 @@ class Arrival:
         """Whether the engine must look before it commits, since nobody could yet."""
         return not self._settled and not self._adopt
 
-    def resume(self) -> None:
-        """A checkpoint was restored from this root: its run goes on."""
+    def resume(self, step: int, *, newest: int) -> None:
+        """The checkpoint of this step was restored from this root: its run goes on. If a newer one stands there, the first save looks."""
         if (found := known(self._root)) is not None:
-            self.lineage, self._settled = found.lineage, True
+            self.lineage = found.lineage
+        self.restored = step
+        self._settled = newest <= step or self._adopt
+        if not self._settled:
+            self._thread, self._waited = None, False
 
     def begin(self, step: int) -> None:
         """Start to look, in the background; `admit` hears the answer."""
@@ -98,9 +104,7 @@ class Arrival:
         found = known(self._root)
         if found is not None:
             self.lineage = found.lineage
-            if found.restored and not self._adopt:
-                self._settled = True
-                return
+            self.restored = -1 if found.restored is None else found.restored
         self._about, self._answered = step, False
         thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
         try:
@@ -134,7 +138,7 @@ class Arrival:
         """A checkpoint of this Saver stands."""
         if not self._adopt:
             self._settled = True
-        note(self._root, self.lineage, restored=False)
+        note(self._root, self.lineage, restored=None)
 
     def close(self, *, wait: bool = True) -> None:
         """Wait until nothing looks any more. Without `wait` a second at most: somebody is in a hurry, and the store may be away."""
@@ -155,7 +159,7 @@ class Arrival:
                 if self._adopt:
                     self.lineage = newest_lineage(store) or self.lineage
                 else:
-                    admit(store, step)
+                    admit(store, step, restored=self.restored)
         except errors.CheckpointConflictError as error:
             self._conflict = error
         except Exception:  # noqa: BLE001 - the save itself meets the same store, and tells

@@ -112,7 +112,7 @@ def load(
         def read(record: Record) -> Any:
             index = read_index(place, record)
             loaded = load_from(place, record, index, prefix, map_location=map_location, hooks=hook)
-            note(root_of(url, store), record.lineage, restored=True)
+            note(root_of(url, store), record.lineage, restored=record.step)
             return loaded
 
         found = first_good(place, step, hook, read)
@@ -168,7 +168,7 @@ def restore_from(
         )
         bring(store, index, wanted, step=record.step, strict=strict, hooks=hooks)
         if root is not None:
-            note(root, record.lineage, restored=True)
+            note(root, record.lineage, restored=record.step)
         skipped = (wanted.missing, wanted.unexpected, wanted.reshaped)
         whole = len({index.aliases.get(path, path) for path in wanted.paths}) == len(index.tensors)
         return Outcome(Restored(record.step, record.epoch, record.metrics, record.config, *skipped), whole=whole)

@@ -104,7 +104,7 @@ class Checkpoint:
         with self._reading():
             loaded = load_from(self._store, self.record, index, prefix, map_location=map_location)
         if self._root is not None:
-            note(self._root, self.record.lineage, restored=True)
+            note(self._root, self.record.lineage, restored=self.step)
         return loaded
 
     def verify(self, *, unmark: bool = False) -> None:

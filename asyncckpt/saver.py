@@ -69,7 +69,7 @@ class Saver:
         when_full: What `save()` does when all are in flight: `"wait"`, `"skip"` (counted and reported) or `"raise"` (`QueueFullError`).
         on_exists: A step that is committed already: `"skip"` (reported) or `"raise"` (`CheckpointConflictError`).
         adopt: Whether to go on with whatever checkpoints the folder holds, as if this run had restored the newest of them. Otherwise the first
-            `save()` below another run's checkpoints raises, and retention leaves them alone.
+            `save()` below checkpoints of another run, or of a branch that was left, raises, and retention leaves other runs' alone.
         max_failed_saves: So many failed saves in a row make `save()` raise; None never does.
         config: JSON-able description of the run, kept in every record.
         store: `S3Options`, or a Store of your own (then the engine is in-process).
@@ -211,8 +211,9 @@ class Saver:
         """Load a checkpoint into the objects of `state`, in place and verified; None if there is none at all yet.
 
         All or nothing: names, shapes, dtypes and every digest are checked before a value is changed (see `asyncckpt.restore`). A damaged `latest` is set aside
-        with a warning and the one before is taken; a step asked for by number raises. After restoring a step below the newest, saving a
-        step that exists raises, so that a branch is never lost silently; `Run.rewind` takes the newer ones away.
+        with a warning and the one before is taken; a step asked for by number raises. After restoring a step below the newest, the next save
+        below that raises `CheckpointConflictError`, or `latest` would go on being the branch that was left; `Run.rewind` takes the newer
+        ones away.
         """
         self._check_usable()
         found = restore_from(
@@ -221,14 +222,15 @@ class Saver:
         restored = found.restored
         if restored is None:
             return None
-        self._launcher.arrival.resume()
         self._restored = replicas.generators(state)
         if rank() == 0:
             set_aside(self._store, found.damaged, restored=restored.step)
         there = find_checkpoints(self._store)
         if rank() == 0 and found.whole and restored.step in there.marked:
             take_back(self._store, restored.step)
-        if max(set(there.good).difference(found.damaged), default=-1) > restored.step:
+        newest = max(set(there.good).difference(found.damaged), default=-1)
+        self._launcher.arrival.resume(restored.step, newest=newest)
+        if newest > restored.step:
             self._on_exists = "raise"
         return restored
 

@@ -14,7 +14,8 @@ class SaveJob:
     `number`: of the save within its Saver. `attempt`: run id and sequence number; part of every object's name.
     `earlier_attempts`: attempts of the same save that a dead service may have committed without an answer.
     `lineage`: of the run, 8 hex digits.
-    `probe`: this Saver has not yet seen that the store honours conditional puts. `newcomer`: nor that no other run's checkpoints stand above.
+    `probe`: this Saver has not yet seen that the store honours conditional puts. `newcomer`: nor that no other run's checkpoints stand above,
+    nor above the step that it `restored`, if any.
     """
 
     number: int
@@ -37,6 +38,7 @@ class SaveJob:
     earlier_attempts: tuple[str, ...] = ()
     probe: bool = False
     newcomer: bool = False
+    restored: int = -1
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

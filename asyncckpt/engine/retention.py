@@ -1,7 +1,8 @@
 """Which checkpoints stay.
 
 A run counts and removes only checkpoints of its own lineage. Of these one stays if any rule keeps it, if it is pinned, or if it is the newest.
-Newer formats and damaged checkpoints are neither counted nor removed, and whatever folder a record names that stays, stays.
+Newer formats and damaged checkpoints are neither counted nor removed, nor is what stands above the step that was just committed: that is
+another branch, and to count it would cost this one its own. Whatever folder a record names that stays, stays.
 """
 
 from collections.abc import Iterable, Sequence
@@ -69,11 +70,11 @@ class Retention:
         """Remove what no rule keeps.
 
         A checkpoint set aside as damaged takes nobody's place among the newest. `committed`, the step whose commit this
-        follows, stays: below newer ones, too, where a run went on from an older step.
+        follows, stays, and so does everything above it, where a run went on from an older step.
         """
         listed = survey(self._store)
         known = self._read(listed)
-        own = {step for step, row in known.items() if row.lineage == lineage}
+        own = {step for step, row in known.items() if row.lineage == lineage and step <= committed}
         marked = {step for step in own & listed.marks if self._is_marked(step, known[step])}
         good = own - marked
         outdated = {*doomed(good, self._rules), *set(doomed(own, self._rules)).intersection(marked)}

@@ -119,7 +119,7 @@ class TaskRunner:
         def work() -> dict[str, Any]:
             taken = commit.exists(self._store, job)
             if job.newcomer:
-                admit(self._store, job.step, run_id=job.attempt.partition("-")[0])
+                admit(self._store, job.step, restored=job.restored, run_id=job.attempt.partition("-")[0])
             if taken and job.on_exists == "raise":
                 raise errors.CheckpointConflictError(
                     "the step exists already, written by another attempt", step=job.step, attempt=job.attempt

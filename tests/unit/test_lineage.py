@@ -78,9 +78,41 @@ def test_where_nothing_stands_below_the_message_does_not_send_to_a_rewind_that_c
 def test_after_a_restore_the_run_goes_on_and_inherits_the_lineage():
     store = of_another_process(10, 20)
     with Saver("memory://unused", store=store) as saver:
-        assert saver.restore(state_of(0), step=10).step == 10
+        assert saver.restore(state_of(0)).step == 20
+        saver.save(25, state_of(25)).result(30)
+    assert lineages(store)[25] == "0a0b0c0d"
+
+
+def go_back_by_restore(saver, store):
+    saver.restore(state_of(0), step=10)
+
+
+def go_back_by_load(saver, store):
+    load("memory://unused", step=10, store=store)
+
+
+@pytest.mark.parametrize("go_back", [go_back_by_restore, go_back_by_load])
+def test_who_goes_back_and_leaves_the_newer_ones_there_is_refused_until_they_are_taken_away(go_back):
+    """Else `latest` would go on being the branch that was left, and a crash would resume there."""
+    store = of_another_process(10, 20)
+    with Saver("memory://unused", store=store, keep=[KeepLast(1)]) as saver:
+        go_back(saver, store)
+        for _ in range(2):
+            with pytest.raises(errors.CheckpointConflictError, match=r"rewind\(10\)"):
+                saver.save(15, state_of(15))
+        Run("memory://unused", store=store).rewind(10)
         saver.save(15, state_of(15)).result(30)
-    assert lineages(store)[15] == "0a0b0c0d"
+    assert lineages(store) == {15: "0a0b0c0d"}
+
+
+def test_who_adopts_and_saves_beneath_newer_ones_keeps_its_own():
+    store = of_another_process(10, 100, 200)
+    with Saver("memory://unused", store=store, keep=[KeepLast(2)], adopt=True) as saver:
+        assert saver.restore(state_of(0), step=10).step == 10
+        for step in (20, 30, 40):
+            saver.save(step, state_of(step)).result(30)
+            saver.wait()
+    assert sorted(lineages(store)) == [30, 40, 100, 200]
 
 
 def test_after_a_rewind_the_same_saver_saves():
@@ -250,7 +282,7 @@ def test_a_look_that_was_begun_for_another_step_says_nothing_of_this_one():
 
 def test_where_no_thread_can_be_started_the_engine_looks(monkeypatch):
     store = of_another_process(100)
-    arrival = Arrival(store, lambda: nullcontext(store), adopt=False)
+    arrival = Arrival(store, lambda: nullcontext(store), adopt=False, wait_s=15.0)
 
     def refuse(_):
         raise RuntimeError("can't start new thread")
@@ -328,7 +360,7 @@ def test_an_adopting_saver_asks_again_while_nobody_answers():
 
 def test_what_a_process_knows_of_one_store_says_nothing_of_another():
     store, other = of_another_process(10), of_another_process(10)
-    note(store, "0a0b0c0d", restored=True)
+    note(store, "0a0b0c0d", restored=10)
     saved(store, 5)
     with Saver("memory://unused", store=other) as saver, pytest.raises(errors.CheckpointConflictError):
         saver.save(5, state_of(5))
