@@ -41,6 +41,7 @@ from asyncckpt.request import Config, SaveRequest
 from asyncckpt.restore import Restored, restore_from, set_aside, take_back
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state import replicas
+from asyncckpt.state.batches import begin, has_place
 from asyncckpt.state.ranks import rank
 from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
@@ -237,22 +238,27 @@ class Saver:
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """`iter(loader)`, with the random numbers of the checkpoint: `for batch in saver.batches(loader)`.
 
-        `iter()` of a torch DataLoader draws from torch's generator, which would put every later number off. So the first call after a
-        `restore()` whose state holds an `RNG` puts the generators back behind it, before the first batch is drawn; every other call is
-        `iter(loader)`. A resumed run is then exact with `num_workers=0`, and with workers that draw nothing. Warns where `iter(loader)` is a
-        generator (accelerate's loaders): it begins to draw later, with the first batch.
+        `iter()` of a torch DataLoader draws from torch's generator. So the first call after a `restore()` whose state holds an `RNG` puts the
+        generators back: behind that draw if the checkpoint was saved within an epoch, before it if it was saved between two (and the loader
+        does not restore its own place). The checkpoint knows that if the run that saved it used `batches()`, too. A resumed run is then exact
+        with `num_workers=0`, and with workers that draw nothing. Warns where `iter(loader)` is a generator (accelerate's loaders): it draws
+        later, with the first batch.
         """
         self._check_usable()
-        batches = iter(loader)
         restored, self._restored = self._restored, []
-        if restored and isinstance(batches, types.GeneratorType):
+        before = all(generators.between_epochs for generators in restored) and not has_place(loader)
+        if before:
+            for generators in restored:
+                generators.restore_again()
+        batches = begin(loader)
+        if restored and not before and isinstance(batches.iterator, types.GeneratorType):
             warnings.warn(
                 f"iter() of a {type(loader).__name__} is a generator, which draws its random numbers with the first batch: the resumed run "
                 "will not repeat the uninterrupted one exactly. Give saver.batches() the loader that it wraps",
                 UserWarning,
                 stacklevel=2,
             )
-        for generators in restored:
+        for generators in restored if not before else ():
             generators.restore_again()
         return batches
 

@@ -8,17 +8,21 @@ import numpy as np
 import torch
 
 from asyncckpt.errors import StateMismatchError
+from asyncckpt.state.batches import between_epochs
 
 
 class RNG:
     """Python's `random`, NumPy's global generator, torch's CPU generator and those of all CUDA devices.
 
     Put it in the state under a key of its own. Generators of your own (`torch.Generator`, `numpy.random.default_rng()`) are not
-    among them. CUDA generators are stored once CUDA is in use; a process that never touched it is not made to start it.
+    among them. CUDA generators are stored once CUDA is in use; a process that never touched it is not made to start it. Stored beside them
+    is whether the process stood between two epochs (`Saver.batches`).
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
+        self.between_epochs = False
+        """Of what was restored last."""
 
     def state_dict(self) -> dict[str, Any]:
         """Private copies of all generators' states."""
@@ -27,6 +31,7 @@ class RNG:
             "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global generator is what is captured
             "torch": torch.get_rng_state(),
             "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],
+            "between_epochs": between_epochs(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -39,6 +44,7 @@ class RNG:
         for problem in self.complaints(len(cuda)):
             raise StateMismatchError(problem)
         self._restored = state
+        self.between_epochs = bool(state.get("between_epochs"))
         if cuda and torch.cuda.device_count() > len(cuda):
             warnings.warn(
                 f"the checkpoint holds {len(cuda)} CUDA generators and there are {torch.cuda.device_count()} devices; "
