@@ -150,6 +150,11 @@ def test_a_loader_whose_iter_is_a_generator_is_warned_of_after_a_restore_alone(t
         assert list(saver.batches(Lazy())) == [1, 2]
         saver.save(1, state).result()
         saver.restore(state)
+        assert list(saver.batches(Lazy())) == [1, 2], "saved between two epochs, so both runs draw behind it"
+        under_way = saver.batches(Lazy())
+        assert next(under_way) == 1
+        saver.save(2, state).result()
+        saver.restore(state)
         with pytest.warns(UserWarning, match="Lazy is a generator"):
             assert list(saver.batches(Lazy())) == [1, 2]
         assert list(itertools.chain(saver.batches(Lazy()), saver.batches([3]))) == [1, 2, 3]
