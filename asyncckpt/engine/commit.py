@@ -145,9 +145,11 @@ class _RecordPut:
 
     def _run(self) -> bool:
         old: Version | None = None
+        seen = False
         for _ in range(_ROUNDS):
             answered = self._send(old)
             standing = judge(self._store, self._job.step) if answered != "stands" else None
+            seen = seen or standing is not None
             if answered == "stands":
                 return True
             if standing is None:
@@ -166,6 +168,13 @@ class _RecordPut:
                 return False
             else:
                 old = self._judged_bytes(standing)
+        if not seen:
+            raise errors.TransientStoreError(
+                f"the name of the record is taken, and {_ROUNDS} readings found no object there: a folder, a pipe or a link that leads nowhere "
+                "stands in its place, or the store contradicts itself",
+                step=self._job.step,
+                key=self._key,
+            )
         raise errors.TransientStoreError(
             f"the record changed {_ROUNDS} times while it was judged", step=self._job.step, key=self._key
         )

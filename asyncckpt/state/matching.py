@@ -1,5 +1,6 @@
 """A state beside a checkpoint's tree: what differs, which tensors are needed, and what to do with them."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
 
 _SHOWN = 20
+_LOG = logging.getLogger("asyncckpt")
 
 
 class Named:
@@ -107,6 +109,7 @@ class Matching:
                     "the state and the checkpoint have nothing in common, so strict=False would load nothing:"
                     + "".join(f"\n  {one}" for one in skipped[:_SHOWN])
                 )
+            self._tell_of_empty()
             return
         shown = "".join(f"\n  {problem}" for problem in self.problems[:_SHOWN])
         more = f"\n  and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
@@ -114,6 +117,16 @@ class Matching:
             f"the state and the checkpoint differ in {len(self.problems)} place(s); nothing was loaded:{shown}{more}\n"
             "Build the state as it was when it was saved; strict=False skips names that only one side has"
         )
+
+    def _tell_of_empty(self) -> None:
+        """Of what gets nothing at all: strict=False skips names, and a prefix too many skips them all."""
+        got = {path.partition("/")[0] for path in self.paths}
+        lacking = {path.partition("/")[0] for path in [*self.absent, *self.reshaped]}
+        if empty := sorted(lacking - got):
+            _LOG.warning(
+                "strict=False: nothing is loaded into %s; Restored.missing, unexpected and reshaped name what was left alone",
+                ", ".join(map(repr, empty[:_SHOWN])),
+            )
 
     def name(self, key: Any, path: str) -> str | None:
         """The escaped key, or a problem."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
 from asyncckpt.state.capture import Replicated, capture_module, is_gathered_on_one_rank, is_stateful, unwrap
@@ -56,6 +57,7 @@ _HINTS = {
     "mappingproxy": "store dict(value)",
     "memmap": "store numpy.array(value)",
     "Generator": "store generator.get_state(), or bit_generator.state for NumPy",
+    "DataLoader": "it does not know its place in the epoch: leave it out of the state, or use torchdata's StatefulDataLoader",
     "function": "store what it is made from; code is never stored",
 }
 
@@ -295,6 +297,8 @@ def _object_complaint(child: Any, kind: type, *, inside: bool) -> str:
         hint = "store numpy.array(value, subok=False)"
     elif hint is None and hasattr(child, "__dataclass_fields__"):
         hint = "store dataclasses.asdict(value)"
+    elif hint is None and isinstance(child, DataLoader):
+        hint = _HINTS["DataLoader"]
     elif hint is None and hasattr(child, "state_dict"):
         hint = "give it load_state_dict() beside its state_dict()"
     elif hint is None:

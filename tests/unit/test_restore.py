@@ -558,3 +558,16 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are():
         restore(URL, {}, step=7, store=store)
     with pytest.raises(errors.CheckpointNotFoundError, match=r"2 are there \(the last: 5, 10\).*metrics=\{'val_loss'"):
         restore(URL, {}, step=Best("val_loss"), store=store)
+
+
+def test_strict_false_tells_of_an_object_that_gets_nothing(caplog):
+    store = stored_run(10)
+    state = training(1)
+    with caplog.at_level("WARNING", "asyncckpt"):
+        restored = restore(URL, {"net": state["model"], "optimizer": state["optimizer"]}, strict=False, store=store)
+    assert "net" in restored.missing
+    assert [record.getMessage() for record in caplog.records if "nothing is loaded into 'net'" in record.getMessage()]
+    caplog.clear()
+    with caplog.at_level("WARNING", "asyncckpt"):
+        restore(URL, training(2), strict=False, store=store)
+    assert not [record for record in caplog.records if "nothing is loaded" in record.getMessage()]

@@ -302,7 +302,7 @@ def test_a_404_for_a_record_that_stands_does_not_cost_it_its_place():
         def get_version(self, key, *, max_bytes):
             raise errors.ObjectNotFoundError("cached", key=key)
 
-    with pytest.raises(errors.TransientStoreError, match="changed 5 times"):
+    with pytest.raises(errors.TransientStoreError, match="5 readings found no object"):
         Attempt(Blind(store), "bbbbbbbb-000001", value=2.0).commit()
     assert value(store) == 1.0
 

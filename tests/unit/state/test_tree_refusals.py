@@ -240,3 +240,10 @@ def test_flattening_changes_nothing():
     before = {name: (id(tensor), tensor._version) for name, tensor in module.state_dict(keep_vars=True).items()}
     Pocket.of({"m": module})
     assert {name: (id(tensor), tensor._version) for name, tensor in module.state_dict(keep_vars=True).items()} == before
+
+
+def test_a_torch_loader_is_refused_with_what_to_use_instead():
+    loader = torch.utils.data.DataLoader([1, 2])
+    with pytest.raises(UnsupportedObjectError, match=r"leave it out of the state.*StatefulDataLoader") as caught:
+        Flattener().flatten({"loader": loader})
+    assert caught.value.key == "loader"
