@@ -5,7 +5,8 @@ Every fact is told before the life goes on, so what a killed process had told is
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,13 +26,34 @@ _PART_BYTES = 30_000
 Tell = Callable[..., None]
 
 
+_SCALED: list[tuple[Any, str, Any]] = [
+    (pipeline, "PART_BYTES", _PART_BYTES),
+    (pipeline, "LOCAL_UPLOADS", 1),
+    (pipeline, "REMOTE_UPLOADS", 1),
+    (standing, "STUMP_S", 0.01),
+    (Store, "patience", Patience((0.001, 0.001), deadline_s=1.0)),
+    (LocalStore, "patience", Patience((0.001, 0.001), deadline_s=1.0)),
+]
+
+
 def scale_limits() -> None:
     """Small shards go up in parts as large ones do, one request at a time, and who looks twice does not wait for seconds."""
-    pipeline.PART_BYTES = _PART_BYTES
-    standing.STUMP_S = 0.01
-    Store.patience = LocalStore.patience = Patience((0.001, 0.001), deadline_s=1.0)
-    pipeline.LOCAL_UPLOADS = pipeline.REMOTE_UPLOADS = 1
+    for place, name, value in _SCALED:
+        setattr(place, name, value)
     torch.set_num_threads(1)
+
+
+@contextmanager
+def limits_as_before() -> Iterator[None]:
+    """Scaled limits are a process's own; whoever goes on with other things puts them back."""
+    before = [(place, name, getattr(place, name)) for place, name, _ in _SCALED]
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+        torch.set_num_threads(threads)
 
 
 def state_of(content: int) -> dict[str, Any]:

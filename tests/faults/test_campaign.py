@@ -6,6 +6,7 @@ import pytest
 
 from tests.faults.campaign import VICTIMS, Verdict, drawn, in_parallel, rehearsed, run, systematic
 from tests.faults.fates import KILLS, REQUEST_FAULTS, Case
+from tests.faults.lives import limits_as_before
 from tests.faults.places import PLACES, MemoryPlace
 from tests.faults.requests import ForgetfulStore, HidingStore, OverwritingStore, UnconditionalStore
 from tests.faults.scenarios import SCENARIOS
@@ -13,6 +14,12 @@ from tests.faults.scenarios import SCENARIOS
 pytestmark = pytest.mark.slow
 JOBS = 2
 SEEDS = range(1000, 1100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _other_tests_keep_their_limits():
+    with limits_as_before():
+        yield
 
 
 def assert_sound(cases):
