@@ -7,6 +7,7 @@ request; a request is small enough that many connections work side by side. Bloc
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, starmap
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Block:
         return len(self.pieces) == 1 and self.pieces[0].raw_bytes == self.stored.raw_bytes and self.pieces[0].start >= 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """One ranged read and the blocks in it."""
 
@@ -67,7 +68,7 @@ class Request:
     stored_bytes: int
     blocks: tuple[Block, ...]
 
-    @property
+    @cached_property  # asked for every block
     def direct(self) -> bool:
         """Whether the bytes are read into the target without a copy: what is one run there as it is here."""
         return all(map(_as_stored, self.blocks)) and all(starmap(_follows, pairwise(self.blocks)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from asyncckpt import errors
+from asyncckpt.engine import ranges
 from asyncckpt.engine.catalog import read_checkpoint
 from asyncckpt.engine.fetch import anonymous_map, default_threads, fetch
 from asyncckpt.engine.ranges import ALIGN_BYTES, GAP_BYTES, REQUEST_BYTES, plan_fetch
@@ -278,3 +279,15 @@ def test_an_empty_map_can_be_made():
 
 def no_fetch_threads() -> bool:
     return not [thread for thread in threading.enumerate() if thread.name.startswith("asyncckpt-fetch")]
+
+
+def test_many_small_tensors_cost_a_look_each(monkeypatch):
+    """Not one a block of their request, for each block: 20,000 of them took seconds."""
+    count = 1500
+    store, expected, index = written({f"t{n}": torch.full((30,), float(n)) for n in range(count)}, codec="none")
+    looks = []
+    whole = ranges._as_stored
+    monkeypatch.setattr(ranges, "_as_stored", lambda block: looks.append(block) or whole(block))
+    fetched = fetch(store, index, expected)
+    assert {name: bytes(view) for name, view in fetched.tensors.items()} == expected
+    assert len(looks) < 5 * count
