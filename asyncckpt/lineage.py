@@ -95,7 +95,7 @@ class Arrival:
         self.restored = step
         self._settled = newest <= step or self._adopt
         if not self._settled:
-            self._thread, self._waited = None, False
+            self._thread, self._conflict, self._waited = None, None, False
 
     def begin(self, step: int) -> None:
         """Start to look, in the background; `admit` hears the answer."""

@@ -155,9 +155,9 @@ class Saver:
 
         Raises `UnsupportedTensorError` and `UnsupportedObjectError` with the path before anything starts, also for what each of several
         ranks has of its own (`RNG`, loaders, samplers: see `Replicated`), `QueueFullError` with `when_full="raise"`, and never the failure
-        of an earlier save, of which it warns. The first save raises `CheckpointConflictError` if another run's checkpoints stand above
-        `step` and this process restored none of them; it waits for one listing of the folder, at most 15 seconds (without an answer the
-        service looks, and it is that save's failure).
+        of an earlier save, of which it warns. The first save, also after a restore of a step below the newest, raises
+        `CheckpointConflictError` if checkpoints that this run does not go on from stand above `step`; it waits for one listing of the
+        folder, at most `RetryPolicy.first_contact_s` (without an answer the service looks, and it is that save's failure).
         """
         started_s = time.perf_counter()
         self._check_usable()

@@ -59,17 +59,8 @@ class LocalStore(Store):
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
         path = self._path(key)
-        with translated("put", key):
-            temporary, file = self._open_temporary()
-            try:
-                try:
-                    file.write(byte_views(data), 0, self._progress)
-                    file.sync()
-                finally:
-                    file.close()
-                self._publish(temporary, path, if_absent=if_absent)
-            finally:
-                unlink(temporary)
+        with translated("put", key), self._written(data) as temporary:
+            self._publish(temporary, path, if_absent=if_absent)
 
     def start_upload(self, key: str) -> "LocalUpload":
         path = self._path(key)
@@ -115,19 +106,9 @@ class LocalStore(Store):
 
     def replace(self, key: str, data: Buffers, old: Version) -> None:
         path = self._path(key)
-        with translated("replace", key):
-            temporary, file = self._open_temporary()
-            try:
-                try:
-                    file.write(byte_views(data), 0, self._progress)
-                    file.sync()
-                finally:
-                    file.close()
-                with self._records.held(key):
-                    self._check_same(key, old)
-                    self._publish(temporary, path, if_absent=False)
-            finally:
-                unlink(temporary)
+        with translated("replace", key), self._written(data) as temporary, self._records.held(key):
+            self._check_same(key, old)
+            self._publish(temporary, path, if_absent=False)
 
     def remove(self, key: str, old: Version) -> None:
         if self.head(key) is None:
@@ -194,6 +175,20 @@ class LocalStore(Store):
                 yield from self._walk(key, "", delimiter=False)
             elif next(self._walk(key, "", delimiter=False), None):  # an empty folder is no prefix
                 yield Entry(key)
+
+    @contextmanager
+    def _written(self, data: Buffers) -> Iterator[Path]:
+        """A synced temporary file that holds the buffers; whatever name it has not got by the end is gone."""
+        temporary, file = self._open_temporary()
+        try:
+            try:
+                file.write(byte_views(data), 0, self._progress)
+                file.sync()
+            finally:
+                file.close()
+            yield temporary
+        finally:
+            unlink(temporary)
 
     def _open_temporary(self) -> tuple[Path, NewFile]:
         folder = self._root / _UNFINISHED
