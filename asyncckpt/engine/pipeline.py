@@ -36,6 +36,11 @@ def upload_threads(store: Store, workers: int) -> int:
     return max(1, min(most, ALL_UPLOADS // workers))
 
 
+def _even(raw_bytes: int, part_bytes: int) -> int:
+    """Near `part_bytes`, so that no small rest stays: each request costs 0.8 ms of CPU, and an upload for a rest two more of them."""
+    return raw_bytes // max(1, round(raw_bytes / part_bytes)) + 1
+
+
 class ByteBudget:
     """Bytes that may be in flight; taking more waits."""
 
@@ -75,7 +80,11 @@ class _ShardPut:
         self._key = key
         self._shard = shard
         self._done = done
-        self._part_bytes = max(pipeline.part_bytes, pipeline.store.min_part_bytes, -(-shard.raw_bytes // _PART_SLACK))
+        self._part_bytes = max(
+            _even(shard.raw_bytes, pipeline.part_bytes),
+            pipeline.store.min_part_bytes,
+            -(-shard.raw_bytes // _PART_SLACK),
+        )
         self._part = _Part(1, 0, pipeline.store.gather())
         self._upload: Upload | None = None
         self._starting = threading.Lock()
