@@ -3,9 +3,7 @@
 All or nothing: names, shapes, dtypes and every digest are checked before the first value reaches an object.
 """
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,8 +29,7 @@ from asyncckpt.state.stateful import plan_restore
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
-
-_LOG = logging.getLogger("asyncckpt")
+from asyncckpt.telling import LOG, warn
 
 SILENT = events.Hooks()
 
@@ -180,7 +177,7 @@ def restore_from(
         return replace(outcome, damaged=damaged)
     if isinstance(step, Best) and find_checkpoints(store).good:  # a misspelt metric must not begin a run anew
         raise _nothing_to_choose(store, step, url)
-    _LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
+    LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
     return Outcome(None)
 
 
@@ -193,7 +190,7 @@ def set_aside(store: Store, damaged: Mapping[int, errors.CheckpointError], *, re
         try:
             mark_damaged(store, step, found)
         except errors.CheckpointError as error:
-            warnings.warn(
+            warn(
                 f"checkpoint {step} is damaged and could not be set aside ({type(error).__name__}: {error.message}), so a save of step "
                 f"{step} will be skipped as if it were good: delete it, or rewind to step {restored} with Run(url).rewind({restored}), once "
                 "the store takes writes",
@@ -207,7 +204,7 @@ def take_back(store: Store, step: int) -> None:
     try:
         unmark(store, step)
     except errors.CheckpointError as error:
-        warnings.warn(
+        warn(
             f"checkpoint {step} is good, and its mark of damage could not be removed ({type(error).__name__}: {error.message})",
             UserWarning,
             stacklevel=3,

@@ -1,6 +1,5 @@
 """A state beside a checkpoint's tree: what differs, which tensors are needed, and what to do with them."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +20,12 @@ from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
 from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
 from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES, TENSORS
+from asyncckpt.telling import LOG
 
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
 
 _SHOWN = 20
-_LOG = logging.getLogger("asyncckpt")
 
 
 class Named:
@@ -123,7 +122,7 @@ class Matching:
         got = {path.partition("/")[0] for path in self.paths}
         lacking = {path.partition("/")[0] for path in [*self.absent, *self.reshaped]}
         if empty := sorted(lacking - got):
-            _LOG.warning(
+            LOG.warning(
                 "strict=False: nothing is loaded into %s; Restored.missing, unexpected and reshaped name what was left alone",
                 ", ".join(map(repr, empty[:_SHOWN])),
             )
