@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from asyncckpt.errors import CorruptCheckpointError, StateMismatchError, UnsupportedObjectError
+from asyncckpt.errors import CorruptCheckpointError, UnsupportedObjectError
 from asyncckpt.format import keys
 from asyncckpt.state.binding import has_address, view_of
 from asyncckpt.state.capture import Replicated, is_stateful, unwrap
 from asyncckpt.state.copying import Getter, copy_exact, private
+from asyncckpt.state.differences import Differences
 from asyncckpt.state.dtypes import dtype_name
 from asyncckpt.state.homes import Homes, Spec
 from asyncckpt.state.kinds import complaints, group_complaint
@@ -20,12 +21,9 @@ from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
 from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
 from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES, TENSORS
-from asyncckpt.telling import LOG
 
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
-
-_SHOWN = 20
 
 
 class Named:
@@ -55,7 +53,7 @@ class Named:
         return self._by_view.get(view_of(tensor), [])
 
 
-class Matching:
+class Matching(Differences):
     """Walks the state beside the checkpoint's tree; collects problems, the tensors needed and what to do."""
 
     def __init__(
@@ -67,16 +65,10 @@ class Matching:
         parameters: Mapping[str, Sequence[str | None]],
         aliases: Mapping[str, str],
     ) -> None:
-        self.specs, self.values, self.strict = specs, values, strict
+        super().__init__(strict=strict)
+        self.specs, self.values = specs, values
         self.parameters = parameters
         """Path of an optimizer in the checkpoint to the path of the parameter at each of its positions."""
-        self.problems: list[str] = []
-        self.absent: list[str] = []
-        """Paths that only the state has, those that only the checkpoint has, and those with two shapes: skipped if not `strict`."""
-        self.surplus: list[str] = []
-        self.reshaped: list[str] = []
-        self.found = 0
-        """How much both sides have."""
         self._aliases = aliases
         self._named = Named()
         self._optimizers: list[Callable[[], None]] = []
@@ -96,36 +88,7 @@ class Matching:
         for thing, node, path in self._schedulers:
             if id(thing.optimizer) in self.regrouped and (problem := group_complaint(thing, node, path, self.values)):
                 self.problems.append(f"{path}: {problem}")
-        self._report()
-
-    def _report(self) -> None:
-        if not self.problems:
-            skipped = [f"{path} is missing in the checkpoint" for path in self.absent]
-            skipped += [f"{path} is missing in the state" for path in self.surplus]
-            skipped += [f"{path} has another shape" for path in self.reshaped]
-            if skipped and not self.found:
-                raise StateMismatchError(
-                    "the state and the checkpoint have nothing in common, so strict=False would load nothing:"
-                    + "".join(f"\n  {one}" for one in skipped[:_SHOWN])
-                )
-            self._tell_of_empty()
-            return
-        shown = "".join(f"\n  {problem}" for problem in self.problems[:_SHOWN])
-        more = f"\n  and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
-        raise StateMismatchError(
-            f"the state and the checkpoint differ in {len(self.problems)} place(s); nothing was loaded:{shown}{more}\n"
-            "Build the state as it was when it was saved; strict=False skips names that only one side has"
-        )
-
-    def _tell_of_empty(self) -> None:
-        """Of what gets nothing at all: strict=False skips names, and a prefix too many skips them all."""
-        got = {path.partition("/")[0] for path in self.paths}
-        lacking = {path.partition("/")[0] for path in [*self.absent, *self.reshaped]}
-        if empty := sorted(lacking - got):
-            LOG.warning(
-                "strict=False: nothing is loaded into %s; Restored.missing, unexpected and reshaped name what was left alone",
-                ", ".join(map(repr, empty[:_SHOWN])),
-            )
+        self.report(self.paths)
 
     def name(self, key: Any, path: str) -> str | None:
         """The escaped key, or a problem."""
@@ -134,20 +97,6 @@ class Matching:
         except UnsupportedObjectError as error:
             self.problems.append(f"{path}: {error}")
             return None
-
-    def missing(self, path: str, why: str = "missing in the checkpoint") -> None:
-        """A name that only the state has."""
-        if self.strict:
-            self.problems.append(f"{path}: {why}")
-        else:
-            self.absent.append(path)
-
-    def unexpected(self, path: str, why: str = "the state has no such name") -> None:
-        """A name that only the checkpoint has."""
-        if self.strict:
-            self.problems.append(f"{path}: unexpected, {why}")
-        else:
-            self.surplus.append(path)
 
     def live(self, path: str, tensor: torch.Tensor) -> None:
         """This tensor stands at this path of the state."""
