@@ -1,6 +1,6 @@
 """A state beside a checkpoint's tree: what differs, which tensors are needed, and what to do with them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,19 @@ from asyncckpt.state.homes import Homes, Spec
 from asyncckpt.state.kinds import complaints, group_complaint
 from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
-from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
+from asyncckpt.state.tree import below, entries_of, leaves, one_item, unescaped, unflatten
 from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES, TENSORS
 
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
+
+
+class LoadError(Exception):
+    """The `load_state_dict` of an object raised; the cause says what. `path`: where the object stands; `kind`: its class."""
+
+    def __init__(self, path: str, kind: str) -> None:
+        super().__init__(path, kind)
+        self.path, self.kind = path, kind
 
 
 class Named:
@@ -221,7 +229,8 @@ class Matching(Differences):
         else:
             self.need(node, path)
             self.found += 1
-            self.problems += (f"{path}: {problem}" for problem in complaints(thing, node, path))
+            self.problems += (f"{path}: {problem}" for problem in complaints(thing, node, path, self.values))
+            unflatten(node, lambda _: _NOTHING, self.values, path)  # a value that is not there is found here, not later
             if isinstance(thing, LRScheduler):
                 self._schedulers.append((thing, node, path))
             values = self.values
@@ -230,7 +239,10 @@ class Matching(Differences):
                 thing.load_state_dict(unflatten(node, private(get), values, path))
 
         def restore(get: Getter) -> Any:
-            load(get)
+            try:
+                load(get)
+            except Exception as error:
+                raise LoadError(path, type(thing).__name__) from error
             return target
 
         return restore
@@ -250,9 +262,10 @@ class Matching(Differences):
                 self.missing(f"{path}/{name}")
         for name, child in left.items():
             if leaves(child, f"{path}/{name}", TENSORS):
-                self.unexpected(f"{path}/{name}")
+                self.unexpected(f"{path}/{name}", "the state has no such name; None there takes what is stored")
             else:
                 places[unescaped(name, path)] = self._value(None, child, f"{path}/{name}")
+        self.check_writable(target, places, path)
 
         def restore(get: Getter) -> Any:
             for key, place in places.items():
@@ -262,6 +275,13 @@ class Matching(Differences):
             return target
 
         return restore
+
+    def check_writable(self, target: Mapping[Any, Any], restored: Collection[Any], path: str) -> None:
+        """A read-only dict cannot take new values for these of its keys."""
+        for key in restored if not isinstance(target, MutableMapping) else ():
+            if not restored_in_place(target.get(key)):
+                here = below(path or None, keys.escape(key))
+                self.problems.append(f"{here}: the dict is read-only, so this value cannot be put back; pass a dict")
 
     def _sequence(self, target: list[Any] | tuple[Any, ...], node: Any, path: str) -> Place:
         """A list or tuple that holds something to load into: element by element."""
@@ -313,6 +333,9 @@ def _inside(target: Replicated, place: Place) -> Place:
         return target if value is target.value else Replicated(value)
 
     return restore
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _no_tensor(path: str) -> torch.Tensor:
