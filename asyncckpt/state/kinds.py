@@ -7,6 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from asyncckpt.format import keys
+from asyncckpt.state.capture import is_stateful_loader, loader_way_out
 from asyncckpt.state.rng import RNG
 from asyncckpt.state.tree import entries_of, leaves
 from asyncckpt.state.walk import VALUE
@@ -21,6 +22,8 @@ def complaints(thing: Any, node: Any, path: str, values: Mapping[str, Any]) -> I
     """Reasons, for the objects whose `load_state_dict` is known: it would raise, or take in silence what the next step stumbles over."""
     known = isinstance(thing, RNG | LRScheduler | torch.amp.GradScaler | torch.optim.Optimizer)
     entries = entries_of(node, path)
+    if way_out := loader_way_out(thing):
+        yield f"a {type(thing).__name__} keeps no place to restore; {way_out}"
     if is_stateful_loader(thing):
         yield from _other_workers(thing, entries or {}, path, values)
     kind = type(thing).__name__
@@ -72,14 +75,6 @@ def _other_scheduler(scheduler: LRScheduler, entries: Mapping[str, Any], path: s
             f"another kind of scheduler was saved, with {', '.join(sorted(saved - ours))}; "
             f"the state's has {', '.join(sorted(ours - saved))}"
         )
-
-
-def is_stateful_loader(thing: Any) -> bool:
-    """Is it torchdata's StatefulDataLoader, or what accelerate wraps around one? Neither package is imported."""
-    return any(
-        (base.__module__.partition(".")[0], base.__name__) == ("torchdata", "StatefulDataLoader")
-        for base in thing.__class__.__mro__
-    )
 
 
 def _other_workers(loader: Any, entries: Mapping[str, Any], path: str, values: Mapping[str, Any]) -> Iterator[str]:
