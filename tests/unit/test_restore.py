@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import asyncckpt
-from asyncckpt import errors, events
+from asyncckpt import Run, Saver, errors, events
 from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine.catalog import read_checkpoint
 from asyncckpt.format import keys
@@ -207,6 +207,40 @@ def test_a_local_folder_is_opened_by_its_path(tmp_path):
     state = training(1)
     assert asyncckpt.restore(tmp_path, state).step == 3
     assert contents(state) == contents(training(3))
+
+
+def test_an_address_that_can_be_no_folder_is_no_empty_run(tmp_path):
+    (tmp_path / "file").write_bytes(b"weights")
+    (tmp_path / "to-file").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "not mounted")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    state = training(1)
+    for name, why in {
+        "file": "file is a file",
+        "file/run": "file is a file",
+        "to-file": "to-file is a file",
+        "dangling": "dangling is a link that leads nowhere",
+        "dangling/run": "dangling is a link that leads nowhere",
+        "loop": "loop is a link that leads nowhere",
+    }.items():
+        place = tmp_path / name
+        with Saver(place, engine="inline") as saver, Run(place) as run:
+            for ask in (
+                lambda place=place: restore(place, state),
+                lambda place=place: restore(place, state, step=3),
+                lambda place=place: load(place),
+                lambda saver=saver: saver.restore(state),
+                run.latest,
+                lambda run=run: run.get(3),
+                lambda run=run: run.best("loss"),
+            ):
+                with untouched(state), pytest.raises(errors.StoreNotFoundError, match=why):
+                    ask()
+            with pytest.raises(errors.StoreNotFoundError, match=why):
+                saver.save(1, {"t": torch.zeros(1)}).result()
+    with Saver(tmp_path / "new" / "run", engine="inline") as saver:
+        assert saver.restore(state) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "loop", "to-file"]
 
 
 # -- damage
