@@ -24,6 +24,8 @@ class Differences:
         """How much both sides have."""
         self.ways_out: list[str] = []
         """Sentences that are said once, behind the problems."""
+        self.by_position: dict[str, str] = {}
+        """Optimizers of which only the order of the parameters is known, by path, and why."""
 
     def missing(self, path: str, why: str = "missing in the checkpoint") -> None:
         """A name that only the state has."""
@@ -62,6 +64,12 @@ class Differences:
                 + "".join(f"\n  {one}" for one in skipped[:_SHOWN])
             )
         self._tell_of_empty(paths)
+        for path, why in self.by_position.items():
+            LOG.warning(
+                "%r is restored by the order of its parameters, because %s: layers of one shape that changed places since get each other's "
+                "moments. Save and restore the optimizer itself, beside its model",
+                *(path, why),
+            )
 
     def _tell_of_empty(self, paths: Iterable[str]) -> None:
         """Of what gets nothing at all: strict=False skips names, and a prefix too many skips them all."""

@@ -168,6 +168,8 @@ class Matching(Differences):
         if is_stateful(target):
             return self._object(target, unwrap(target), node, path)
         if isinstance(target, Mapping):
+            if is_optimizer_node(node) and len(node["dict"]["state"]["dict"]) > 1:
+                self.by_position[path] = "the state holds its state_dict()"
             return self._mapping(target, node, path)
         if isinstance(target, list | tuple) and type(target) not in CONSTANTS and _holds(target):
             return self._sequence(target, node, path)

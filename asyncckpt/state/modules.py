@@ -35,7 +35,8 @@ class ModuleLoad:
             match.problems.append(f"{path}: a module in the state, something else in the checkpoint")
             return
         names = {keys.escape(clean): raw for raw, clean in clean_names(module, state).items()}
-        live = {} if _may_keep(module) or torch.__future__.get_swap_module_params_on_conversion() else _live(module)
+        own_code, problems = _may_keep(module), len(match.problems)
+        live = {} if own_code or torch.__future__.get_swap_module_params_on_conversion() else _live(module)
         for name, raw in names.items():
             in_place = self._compare(raw, state[raw], entries.get(name), f"{path}/{name}", match)
             if in_place and raw in live:
@@ -43,6 +44,11 @@ class ModuleLoad:
         for name in entries:
             if name not in names:
                 match.unexpected(f"{path}/{name}")
+        if own_code and len(match.problems) > problems:
+            match.ways_out.append(
+                f"Loading code of its own in {path!r} may know these names and shapes. It runs with "
+                f"module.load_state_dict(asyncckpt.load(url, prefix={path!r})); then leave {path!r} out of the state"
+            )
 
     def _compare(self, raw: str, value: Any, node: Any, path: str, match: "Matching") -> bool:
         """One name of the module's state dict, None where the checkpoint lacks it. Will a tensor be loaded?"""
