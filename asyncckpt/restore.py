@@ -76,8 +76,10 @@ def restore(
     `"latest"` and `Best` pass over a damaged checkpoint, with a warning that names what is wrong, to the next one; a step asked
     for by number raises. Bytes that change from reading to reading are no damage, but a `StoreError`; a checkpoint of a newer asyncckpt is
     none either, but a `FormatVersionError`, also as the latest. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
-    and not downloaded. Raises `CheckpointNotFoundError`, `StateMismatchError` or a `CorruptCheckpointError`; the
-    state is then as it was, unless the message says that an object changed between its two readings.
+    and not downloaded; None in the place of anything takes what is stored. Moments go to their parameters by name where the optimizer and its
+    model stand in both states as objects, else by position, which is logged. Raises `CheckpointNotFoundError`,
+    `StateMismatchError` or a `CorruptCheckpointError`; the state is then as it was, unless the message says that an object changed between
+    its two readings. Where a `load_state_dict` raises, the `CheckpointError` names the object, what is overwritten and the way out.
     """
     with opened(url, store, hooks) as place:
         all_hooks = events.Hooks(tuple(hooks))
@@ -98,7 +100,7 @@ def load(
     store: S3Options | Store | None = None,
     hooks: Sequence[events.Hook] = (),
 ) -> Any:
-    """The state as nested containers of tensors and values; no objects are needed.
+    """The state as nested containers of tensors and values; no objects are needed, and none are made: each is what its `state_dict()` gave.
 
     With `prefix`, a path such as `"model"` or `"optimizer/state"`, only that part, and only its bytes are downloaded. The
     tensors of one call share one block of memory, which is freed with the last of them.

@@ -28,7 +28,12 @@ class ModuleLoad:
         self._tensors: list[tuple[str, str]] = []  # key of the module's own state dict, path
         self._others: list[tuple[str, Any, str]] = []  # extra state
         self._lacking: list[tuple[str, Any]] = []  # what the checkpoint lacks, or has in another shape, and what stays
-        state = state_dict(module)
+        self._metadata: Any = None
+        try:
+            state = state_dict(module)
+        except Exception as error:  # noqa: BLE001 - of the module's own code
+            match.problems.append(f"{path}: state_dict() of a {type(module).__name__} raised {error!r}")
+            return
         self._metadata = getattr(state, "_metadata", None)
         entries = entries_of(node, path)
         if entries is None:

@@ -343,6 +343,19 @@ def test_a_first_object_that_fails_without_a_word_is_named_too():
     )
 
 
+def test_a_module_whose_state_dict_raises_is_named_before_anything_changes():
+    class Broken(nn.Linear):
+        def state_dict(self, **_):
+            raise RuntimeError("not gathered")
+
+    target = {"t": torch.zeros(1), "m": Broken(2, 2)}
+    with pytest.raises(
+        StateMismatchError, match=r"m: state_dict\(\) of a Broken raised RuntimeError\('not gathered'\)"
+    ):
+        both({"t": torch.ones(1), "m": nn.Linear(2, 2)}, target)
+    assert target["t"].item() == 0
+
+
 def test_a_value_that_an_object_needs_and_the_state_file_lacks_is_found_before_anything_changes():
     pocket, target = Pocket.of({"t": torch.ones(1), "l": Loader(5)}), {"t": torch.zeros(1), "l": Loader()}
     del pocket.values["l/position"]
