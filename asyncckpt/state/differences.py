@@ -8,6 +8,11 @@ from asyncckpt.telling import LOG
 _SHOWN = 20
 
 
+def without(path: str) -> str:
+    """How to restore all but what stands at this path of the state."""
+    return f"put None in the place of {path!r}" if "/" in path else f"leave {path!r} out of the state"
+
+
 class Differences:
     """`problems`: what cannot be restored; any of them raises. `strict` False skips what only one side has, and what has two shapes.
 

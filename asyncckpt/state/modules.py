@@ -11,6 +11,7 @@ from torch import nn
 from asyncckpt.format import keys
 from asyncckpt.state.capture import clean_names, state_dict
 from asyncckpt.state.copying import Getter, copy_exact, overlaps, private
+from asyncckpt.state.differences import without
 from asyncckpt.state.tree import entries_of, unflatten
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ModuleLoad:
         if own_code and len(match.problems) > problems:
             match.ways_out.append(
                 f"Loading code of its own in {path!r} may know these names and shapes. It runs with "
-                f"module.load_state_dict(asyncckpt.load(url, prefix={path!r})); then leave {path!r} out of the state"
+                f"module.load_state_dict(asyncckpt.load(url, prefix={path!r})); then {without(path)}"
             )
 
     def _compare(self, raw: str, value: Any, node: Any, path: str, match: "Matching") -> bool:

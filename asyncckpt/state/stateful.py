@@ -9,6 +9,7 @@ import torch
 
 from asyncckpt.errors import CheckpointError, StateMismatchError
 from asyncckpt.state.copying import Getter, bits_equal, takes
+from asyncckpt.state.differences import without
 from asyncckpt.state.homes import Homes, Spec
 from asyncckpt.state.matching import LoadError, Matching, Place
 from asyncckpt.state.tree import one_item
@@ -88,9 +89,8 @@ class RestorePlan:
         names = [repr(key) for key, _, _ in self._places]
         done = f"overwritten by now: {', '.join(names[:at])}; perhaps " if at else "perhaps overwritten "
         left = f"; as before: {', '.join(names[at + 1 :])}" if names[at + 1 :] else ""
-        way_out = f"Put None in the place of {path!r}" if "/" in path else f"Leave {path!r} out of the state"
         error = CheckpointError(
-            f"{what}\n{done}in part: {names[at]}{left}. {way_out}, or make it as it was when it was saved, and restore again",
+            f"{what}\n{done}in part: {names[at]}{left}.\nMake {path!r} as it was when it was saved, or {without(path)}, and restore again",
             key=path,
         )
         error.overwritten = True

@@ -114,6 +114,17 @@ def test_a_save_is_waited_for_and_restored_whatever_stderr_is(stderr):
     assert asyncckpt.load("memory://", store=store)["t"].tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["none", "closed", "tee"])
+def test_the_service_saves_whatever_stderr_is(kind, tmp_path):
+    with redirect_stderr(STREAMS[kind]()):
+        saver = Saver(tmp_path, engine="service")
+        saver.save(1, {"t": torch.ones(3)})
+        saver.wait()
+        saver.save(2, {"t": torch.ones(3)})
+        saver.close()
+    assert [checkpoint.step for checkpoint in asyncckpt.Run(tmp_path).checkpoints()] == [1, 2]
+
+
 def test_a_bar_that_cannot_be_shown_raises_nothing_and_holds_no_lock(stderr):
     with bar(100, "restoring", delay_s=0) as shown:
         for _ in range(100):

@@ -209,6 +209,34 @@ def test_a_local_folder_is_opened_by_its_path(tmp_path):
     assert contents(state) == contents(training(3))
 
 
+def test_an_object_that_refuses_its_state_is_named_and_the_rest_restored_without_it():
+    class Loader:
+        def __init__(self, workers):
+            self.workers = workers
+
+        def state_dict(self):
+            return {"workers": self.workers}
+
+        def load_state_dict(self, state):
+            assert state["workers"] == self.workers, "another number of workers"
+
+    store = MemoryStore()
+    write_checkpoint(store, 20, training(20) | {"loader": Loader(2)})
+    state = training(1) | {"loader": Loader(4)}
+    with pytest.raises(
+        errors.CheckpointError, match=r"'loader' \(a Loader\) raised AssertionError: another number"
+    ) as caught:
+        restore(URL, state, store=store)
+    assert (caught.value.step, caught.value.key, caught.value.overwritten) == (20, "loader", True)
+    assert (
+        "overwritten by now: 'model', 'optimizer', 'scheduler', 'epoch', 'order'; perhaps in part: 'loader'.\n"
+        in str(caught.value)
+    )
+    rest = training(2)
+    assert restore(URL, rest, store=store).step == 20
+    assert contents(rest) == contents(training(20))
+
+
 def test_an_address_that_can_be_no_folder_is_no_empty_run(tmp_path):
     (tmp_path / "file").write_bytes(b"weights")
     (tmp_path / "to-file").symlink_to(tmp_path / "file")

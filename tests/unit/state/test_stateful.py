@@ -316,8 +316,8 @@ def test_an_object_that_fails_to_load_is_named_with_what_is_overwritten_and_the_
     error = caught.value
     for part in (
         "load_state_dict() of 'data/loader' (a Loader) raised RuntimeError: no\n",
-        "overwritten by now: 't', 'm'; perhaps in part: 'data'; as before: 'epoch'. ",
-        "Put None in the place of 'data/loader', or",
+        "overwritten by now: 't', 'm'; perhaps in part: 'data'; as before: 'epoch'.\n",
+        "or put None in the place of 'data/loader', and restore again",
     ):
         assert part in error.message
     assert (error.key, error.overwritten) == ("data/loader", True)
@@ -338,8 +338,8 @@ def test_a_first_object_that_fails_without_a_word_is_named_too():
     with pytest.raises(CheckpointError) as caught:
         both({"l": Loader(1), "n": 1}, {"l": Silent(), "n": 0})
     assert caught.value.message.startswith(
-        "load_state_dict() of 'l' (a Silent) raised AssertionError\nperhaps overwritten in part: 'l'; as before: 'n'. "
-        "Leave 'l' out of the state, or make it as it was when it was saved, and restore again"
+        "load_state_dict() of 'l' (a Silent) raised AssertionError\nperhaps overwritten in part: 'l'; as before: 'n'.\n"
+        "Make 'l' as it was when it was saved, or leave 'l' out of the state, and restore again"
     )
 
 
