@@ -93,6 +93,15 @@ def unlink(path: Path) -> None:
         path.unlink()
 
 
+def umask() -> int:
+    """Read it without setting it: `os.umask` would change the files that other threads make meanwhile."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077
+
+
 @contextmanager
 def rooted(root: Path) -> Iterator[None]:
     """Where something is absent because the root can be no folder, that is told: `StoreNotFoundError`."""
@@ -113,15 +122,6 @@ def _check_folder(path: Path) -> None:
             raise StoreNotFoundError(f"{place} is a file, and checkpoints need a folder")
         if os.path.lexists(place):
             raise StoreNotFoundError(f"{place} is a link that leads nowhere; mount or make what it points to")
-
-
-def umask() -> int:
-    """Read it without setting it: `os.umask` would change the files that other threads make meanwhile."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o077
 
 
 @contextmanager
