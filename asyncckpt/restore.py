@@ -3,6 +3,7 @@
 All or nothing: names, shapes, dtypes and every digest are checked before the first value reaches an object.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -29,7 +30,9 @@ from asyncckpt.state.stateful import plan_restore
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
-from asyncckpt.telling import LOG, warn
+from asyncckpt.telling import warn
+
+_LOG = logging.getLogger("asyncckpt")
 
 SILENT = events.Hooks()
 
@@ -179,7 +182,7 @@ def restore_from(
         return replace(outcome, damaged=damaged)
     if isinstance(step, Best) and find_checkpoints(store).good:  # a misspelt metric must not begin a run anew
         raise _nothing_to_choose(store, step, url)
-    LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
+    _LOG.info("nothing to restore at %s: there is no checkpoint yet", url)
     return Outcome(None)
 
 
