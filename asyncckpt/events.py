@@ -4,12 +4,11 @@ A hook is any callable that takes an event. Hooks run in the trainer, on one lis
 thread), and must be quick; an exception in one is logged and does not reach the training loop.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_LOG = logging.getLogger("asyncckpt")
+from asyncckpt.telling import LOG
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,4 +155,4 @@ class Hooks:
             try:
                 hook(event)
             except Exception:  # noqa: BLE001 - a user's hook must not kill the listener
-                _LOG.exception("a hook failed on %s", type(event).__name__)
+                LOG.exception("a hook failed on %s", type(event).__name__)

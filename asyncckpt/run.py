@@ -1,7 +1,6 @@
 """The front door to what exists: the checkpoints of a run, and one checkpoint."""
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -28,6 +27,7 @@ from asyncckpt.state.tree import check_tree, leaves
 from asyncckpt.state.walk import BYTES
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
+from asyncckpt.telling import warn
 
 
 class Checkpoint:
@@ -223,7 +223,7 @@ class Run:
             except errors.CheckpointNotFoundError:
                 continue
             except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
-                warnings.warn(
+                warn(
                     f"checkpoint {checkpoint.step} cannot be read and was passed over: {type(error).__name__}: {error}",
                     stacklevel=4,
                 )

@@ -61,7 +61,7 @@ class Description:
             self.values.append(path)
             return {"scalar": NUMPY_KINDS[token]}
         if isinstance(token, Refusal):
-            raise token.kind(f"{path!r}: {token.reason}", key=path)
+            raise token.kind(f"{path!r}: {token.reason}", key=path) from token.cause
         count = next(self._tokens)
         if token in (list, tuple):
             inner = [self._node(f"{path}/{keys.escape(at)}", depth=depth + 1) for at in range(count)]

@@ -25,7 +25,7 @@ from asyncckpt.store.base import (
     is_key,
 )
 from asyncckpt.store.direct import NewFile, gains
-from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
+from asyncckpt.store.posix import ABSENT, link, mapped, read, rooted, sync_folder, translated, umask, unlink
 from asyncckpt.store.records_lock import RecordsLock
 
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
@@ -59,12 +59,12 @@ class LocalStore(Store):
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
         path = self._path(key)
-        with translated("put", key), self._written(data) as temporary:
+        with translated("put", key), rooted(self._root), self._written(data) as temporary:
             self._publish(temporary, path, if_absent=if_absent)
 
     def start_upload(self, key: str) -> "LocalUpload":
         path = self._path(key)
-        with translated("start_upload", key):
+        with translated("start_upload", key), rooted(self._root):
             temporary, file = self._open_temporary()
         return LocalUpload(self, key, path, temporary, file)
 
@@ -85,7 +85,8 @@ class LocalStore(Store):
     def head(self, key: str) -> Entry | None:
         path = self._path(key)
         try:
-            found = path.stat()
+            with rooted(self._root):
+                found = path.stat()
         except OSError as error:
             if error.errno in ABSENT:
                 return None
@@ -147,7 +148,8 @@ class LocalStore(Store):
     def _opened(self, operation: str, key: str) -> Iterator[int]:
         path = self._path(key)
         with translated(operation, key):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang us
+            with rooted(self._root):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang us
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise ObjectNotFoundError("no such object", key=key)
@@ -157,7 +159,7 @@ class LocalStore(Store):
 
     def _walk(self, folder: str, name_prefix: str, *, delimiter: bool) -> Iterator[Entry]:
         try:
-            with os.scandir(self._root / folder) as lines:
+            with rooted(self._root), os.scandir(self._root / folder) as lines:
                 found = [(f"{line.name}/" if line.is_dir(follow_symlinks=False) else line.name, line) for line in lines]
         except OSError as error:
             if error.errno in ABSENT:

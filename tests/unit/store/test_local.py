@@ -314,13 +314,21 @@ def test_a_pipe_is_no_object_and_hangs_nobody(root: Path) -> None:
     assert list(store.list()) == []
 
 
-def test_a_root_that_is_a_file_is_told(root: Path) -> None:
+def test_a_root_that_can_be_no_folder_is_told(root: Path) -> None:
     root.write_bytes(b"x")
-    store = LocalStore(root)
-    for call in (lambda: store.put("key", [b"x"]), lambda: store.put("key", [b"x"], if_absent=True)):
-        with pytest.raises(StoreNotFoundError, match="is a file"):
-            call()
-    assert list(store.list()) == []
+    other = root.with_name("loop")
+    other.symlink_to(other)
+    for call in (
+        lambda store: store.put("key", [b"x"]),
+        lambda store: store.put("key", [b"x"], if_absent=True),
+        lambda store: store.start_upload("key"),
+        lambda store: store.get("key", max_bytes=9),
+        lambda store: store.head("key"),
+        lambda store: list(store.list()),
+    ):
+        for place, why in {root: "is a file", other: "is a link that leads nowhere"}.items():
+            with pytest.raises(StoreNotFoundError, match=why):
+                call(LocalStore(place))
 
 
 def test_an_empty_folder_is_no_prefix(root: Path) -> None:
