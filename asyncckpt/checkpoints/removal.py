@@ -25,6 +25,26 @@ def abandon(store: Store, step: int, attempt: str) -> None:
         remove_folders(store, [keys.folder(step, attempt)])
 
 
+def end_uploads(store: Store, folders: Iterable[str]) -> None:
+    """Abort every upload that is open below the folders: of attempts that have ended, whose worker died in the middle of one."""
+    for folder in folders:
+        for upload in store.open_uploads(folder):
+            store.abort_upload(upload)
+
+
+def remove_leftover(store: Store, folder: str, before_s: float) -> bool:
+    """Delete a folder that no record named a moment ago, unless its own step's record does now, or something in it is not older."""
+    step = keys.parse_folder(folder)
+    standing = judge(store, step) if step is not None else None
+    if standing is not None and (standing.damaged or standing.keeps_below or folder in standing.folders):
+        return False
+    found = list(store.list(folder))
+    if not all(entry.modified_s < before_s and keys.is_object_key(entry.key) for entry in found):
+        return False
+    store.delete([entry.key for entry in found])
+    return True
+
+
 def remove_folders(store: Store, folders: Iterable[str]) -> None:
     """Delete every object below the folders."""
     for folder in folders:

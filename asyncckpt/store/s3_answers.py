@@ -7,6 +7,7 @@ it says nothing about what was asked, so it is worth another try, and at the dea
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from asyncckpt.errors import TransientStoreError
@@ -22,6 +23,7 @@ _HEADERS = {
 }
 _ROOTS = {
     "ListObjectsV2": "ListBucketResult",
+    "ListParts": r"ListParts\w*",  # moto ends the word otherwise
     "ListMultipartUploads": "ListMultipartUploadsResult",
     "DeleteObjects": "DeleteResult",
     "CompleteMultipartUpload": "CompleteMultipartUploadResult",
@@ -69,6 +71,15 @@ def entries(page: Mapping[str, Any], bucket: str, prefix: str) -> list[Entry]:
         return found + [Entry(item["Prefix"][len(prefix) :]) for item in page.get("CommonPrefixes", ())]
     except KeyError as error:
         raise TransientStoreError(f"a line of a listing has no {error}") from error
+
+
+def time_of(answer: Mapping[str, Any]) -> float:
+    """When the store answered, by its own clock, in unix seconds. `TransientStoreError` if it does not say."""
+    said = str(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+    try:
+        return parsedate_to_datetime(said).timestamp()
+    except ValueError as error:
+        raise TransientStoreError(f"the store does not say what time it is: {said[:100]!r}") from error
 
 
 def _unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:
