@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.removal import remove_leftover
@@ -38,10 +38,6 @@ class Leftovers:
     stored_bytes: int = 0
     undecided: tuple[int, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"folders": list(self.folders), "uploads": list(self.uploads), "stored_bytes": self.stored_bytes}
-
 
 @dataclass(frozen=True, slots=True)
 class Collected:
@@ -69,18 +65,22 @@ def collect(
     *,
     older_than_s: float = IDLE_S,
     dry_run: bool = False,
+    ended: Sequence[str] = (),
+    writer: str = "",
     go_on: Callable[[], bool] = lambda: True,
 ) -> Collected:
     """Remove what no checkpoint needs and nobody touched for so long. With `dry_run` it is only found.
 
     One LIST of all, a page at a time, and of open uploads; records are read only where something seems left over. One that cannot be removed does
-    not keep the others, but a store that does not answer ends it. `go_on` is asked for every object; False ends it at once.
+    not keep the others, but a store that does not answer ends it. `ended`: folders of attempts that nobody continues; their open uploads go
+    whatever their age. `writer`: the run id of who asks; its other uploads are in flight, whatever their age: not every store tells that right.
+    `go_on` is asked for every object; False ends it at once.
     """
     before_s = store.clock_s() - older_than_s
+    failures: list[errors.CheckpointError] = []
+    uploads = _idle_uploads(store, before_s, ended, writer, failures)
     old = _old_folders(store, before_s, go_on)
     folders, undecided = _unnamed(store, old, go_on) if old else ([], ())
-    uploads = [one for one in store.open_uploads(idle_since_s=before_s) if not one.key or keys.attempt_folder(one.key)]
-    failures: list[errors.CheckpointError] = []
     if not dry_run:
         folders = _try_each(folders, lambda one: remove_leftover(store, one.key, before_s), go_on, failures)
         uploads = _try_each(uploads, lambda one: _abort(store, one), go_on, failures)
@@ -91,6 +91,26 @@ def collect(
         undecided=undecided,
     )
     return Collected(found, tuple(failures))
+
+
+def _idle_uploads(
+    store: Store, before_s: float, ended: Sequence[str], writer: str, failures: list[errors.CheckpointError]
+) -> list[OpenUpload]:
+    """Where they may not be listed, folders are collected all the same."""
+    found: dict[OpenUpload, None] = {}
+    try:
+        for folder in ended:
+            found |= dict.fromkeys(store.open_uploads(folder))
+        idle = store.open_uploads(idle_since_s=before_s)
+        found |= dict.fromkeys(one for one in idle if not one.key or _is_anothers(one.key, writer))
+    except errors.StoreError as error:
+        failures.append(error)
+    return list(found)
+
+
+def _is_anothers(key: str, writer: str) -> bool:
+    folder = keys.attempt_folder(key)
+    return folder is not None and not (writer and folder.split("/")[1].startswith(f"{writer}-"))
 
 
 def _old_folders(store: Store, before_s: float, go_on: Callable[[], bool]) -> list[_Folder]:
