@@ -1,4 +1,4 @@
-"""What no checkpoint needs: folders and uploads of writers that died, found by what no record names, a day after they were last touched.
+"""What writers that died left in a store: no record names it, nobody touched it for a day.
 
 All times are the store's own. A folder of a save in flight is younger, and so is one whose record may still arrive: S3 refuses requests that
 were signed a quarter of an hour ago. What a record names stays; where a record cannot tell what it needs, everything at and below its step does.
@@ -66,19 +66,17 @@ def collect(
     older_than_s: float = IDLE_S,
     dry_run: bool = False,
     ended: Sequence[str] = (),
-    writer: str = "",
     go_on: Callable[[], bool] = lambda: True,
 ) -> Collected:
     """Remove what no checkpoint needs and nobody touched for so long. With `dry_run` it is only found.
 
     One LIST of all, a page at a time, and of open uploads; records are read only where something seems left over. One that cannot be removed does
     not keep the others, but a store that does not answer ends it. `ended`: folders of attempts that nobody continues; their open uploads go
-    whatever their age. `writer`: the run id of who asks; its other uploads are in flight, whatever their age: not every store tells that right.
-    `go_on` is asked for every object; False ends it at once.
+    whatever their age. `go_on` is asked for every object; False ends it at once.
     """
     before_s = store.clock_s() - older_than_s
     failures: list[errors.CheckpointError] = []
-    uploads = _idle_uploads(store, before_s, ended, writer, failures)
+    uploads = _idle_uploads(store, before_s, ended, failures)
     old = _old_folders(store, before_s, go_on)
     folders, undecided = _unnamed(store, old, go_on) if old else ([], ())
     if not dry_run:
@@ -94,7 +92,7 @@ def collect(
 
 
 def _idle_uploads(
-    store: Store, before_s: float, ended: Sequence[str], writer: str, failures: list[errors.CheckpointError]
+    store: Store, before_s: float, ended: Sequence[str], failures: list[errors.CheckpointError]
 ) -> list[OpenUpload]:
     """Where they may not be listed, folders are collected all the same."""
     found: dict[OpenUpload, None] = {}
@@ -102,15 +100,10 @@ def _idle_uploads(
         for folder in ended:
             found |= dict.fromkeys(store.open_uploads(folder))
         idle = store.open_uploads(idle_since_s=before_s)
-        found |= dict.fromkeys(one for one in idle if not one.key or _is_anothers(one.key, writer))
+        found |= dict.fromkeys(one for one in idle if not one.key or keys.attempt_folder(one.key))
     except errors.StoreError as error:
         failures.append(error)
     return list(found)
-
-
-def _is_anothers(key: str, writer: str) -> bool:
-    folder = keys.attempt_folder(key)
-    return folder is not None and not (writer and folder.split("/")[1].startswith(f"{writer}-"))
 
 
 def _old_folders(store: Store, before_s: float, go_on: Callable[[], bool]) -> list[_Folder]:

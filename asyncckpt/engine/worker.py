@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,8 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
-_COLLECT_S = (
-    600.0  # of one collection; of a store with more objects than it lists by then, `Run.collect_garbage` can be asked
-)
+_COLLECT_S = 120.0  # of one collection: about a million objects on S3
+_LATE = f"leftovers were looked for {_COLLECT_S:.0f} s, and not everywhere; Run(url).collect_garbage() takes the time it needs"
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
 
 Reply = Callable[[int, str, dict[str, Any]], None]
@@ -168,8 +168,9 @@ class TaskRunner:
             return time.monotonic() < end_s
 
         def work() -> dict[str, Any]:
-            run_id = job.attempt.partition("-")[0]
-            return upkeep.told_of(collect(self._store, ended=_folders(job), writer=run_id, go_on=go_on))
+            done = collect(self._store, ended=_folders(job), go_on=go_on)
+            late = () if time.monotonic() < end_s else (errors.DeadlineExceededError(_LATE),)
+            return upkeep.told_of(replace(done, failures=(*done.failures, *late)))
 
         self._beside(task, job, work)
 

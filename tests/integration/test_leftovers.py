@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from asyncckpt import KeepLast, Run, Saver, errors, events
+from asyncckpt.checkpoints.leftovers import Leftovers
 from asyncckpt.format import keys
 from asyncckpt.store.opening import open_store
 from tests.processes import PATIENCE_S, children, eventually, kill
@@ -47,15 +48,18 @@ def test_a_run_collects_what_a_dead_writer_left_and_keeps_what_stands(moto_endpo
     dead = keys.folder(2, "0123abcd-000001")
     direct.put(dead + "state.pt", [b"x"])
     upload = direct.start_upload(dead + "x-00001-of-00001.safetensors")
+    upload.write(1, 0, [bytes(5 * MEBI)])
     with Run(s3_url, store=s3(moto_endpoint)) as run:
-        assert run.collect_garbage(dry_run=True).folders == ()
-        found = run.collect_garbage(timedelta(0), dry_run=True)
-        assert found.folders in [(), (dead,)], "S3 tells times in whole seconds"
+        assert run.collect_garbage() == Leftovers(), "less than a day old"
+        removed = []
 
         def collected():
-            return run.collect_garbage(timedelta(0)).folders == (dead,)
+            found = run.collect_garbage(timedelta(0))
+            removed.extend([*found.folders, *found.uploads])
+            return len(removed) == 2
 
-        eventually(collected, "a second has passed", 5)
+        eventually(collected, "S3 tells times in whole seconds, and one has passed", 5)
+        assert sorted(removed) == [dead, dead + "x-00001-of-00001.safetensors"]
         assert direct.open_uploads() == []
         assert [checkpoint.step for checkpoint in run.checkpoints()] == [1]
         run.get(1).verify()

@@ -72,21 +72,27 @@ def test_a_listing_that_goes_round_is_refused(store: S3Store) -> None:
         store.open_uploads()
 
 
+AGES = {"young": 23.0, "old": 30.0, "slow": 30.0, "gone": 30.0, "empty": 30.0, "of-2010": 150_000.0}
+AGES["of-2010-with-a-part"] = 150_000.0  # hours: the store does not tell when uploads began
+
+
 def test_an_upload_is_idle_if_it_is_old_and_so_is_its_newest_part(store: S3Store) -> None:
-    rows = [
-        ("run/young", "young", 23.0),
-        ("run/old", "old", 30.0),
-        ("run/slow", "slow", 30.0),
-        ("run/gone", "gone", 30),
-    ]
+    rows = [(f"run/{name}", name, hours) for name, hours in AGES.items()]
     intercept(store, "ListMultipartUploads", lambda _: answer(200, uploads(*rows)))
     answers = {
         "old": answer(200, parts(30, 29)),
         "slow": answer(200, parts(29, 1)),
         "gone": refusal(404, "NoSuchUpload"),
+        "empty": answer(200, parts()),
+        "of-2010": answer(200, parts()),
+        "of-2010-with-a-part": answer(200, parts(30)),
     }
     intercept(store, "ListParts", lambda request: answers[asked(request)["uploadId"]])
-    assert store.open_uploads(idle_since_s=1.8e9 - DAY_S) == [OpenUpload("old", "old")]
+    assert [one.key for one in store.open_uploads(idle_since_s=1.8e9 - DAY_S)] == [
+        "old",
+        "empty",
+        "of-2010-with-a-part",
+    ]
 
 
 @pytest.mark.parametrize(
