@@ -135,6 +135,13 @@ class Store(ABC):
     def start_upload(self, key: str) -> Upload:
         """Begin an object of unknown size."""
 
+    def gather(self) -> list[Buffer]:
+        """An empty list for the buffers of one `put` or `write`, to be filled by `append` alone.
+
+        A store that sends a checksum takes it of each buffer as it comes, while that is in the processor's cache.
+        """
+        return []
+
     @abstractmethod
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """The whole object. `ObjectNotFoundError` if absent, `ResourceLimitError` above `max_bytes`."""

@@ -20,7 +20,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
-from asyncckpt.store.base import Buffers, Entry, OpenUpload, Progress, Store, Upload, Version
+from asyncckpt.store.base import Buffer, Buffers, Entry, OpenUpload, Progress, Store, Upload, Version
 
 _LOG = logging.getLogger("asyncckpt")
 _ABORT_DEADLINE_S = 60.0  # an abort cleans up behind a failure that somebody waits to hear of
@@ -80,6 +80,9 @@ class RetryingStore(Store):
 
     def start_upload(self, key: str) -> Upload:
         return _RetryingUpload(self, key, self._try("start_upload", key, lambda: self._inner.start_upload(key)))
+
+    def gather(self) -> list[Buffer]:
+        return self._inner.gather()
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self._try("get", key, lambda: self._inner.get(key, max_bytes=max_bytes))

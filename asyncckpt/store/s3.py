@@ -1,6 +1,5 @@
 """A store below a prefix of an S3 bucket, on AWS or on anything that speaks S3."""
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -19,8 +18,19 @@ from asyncckpt.errors import (
 )
 from asyncckpt.options import S3Options
 from asyncckpt.store import s3_open_uploads
-from asyncckpt.store.base import Buffers, Entry, OpenUpload, Progress, Store, Version, byte_views, check_key, is_key
-from asyncckpt.store.s3_answers import entries, time_of
+from asyncckpt.store.base import (
+    Buffer,
+    Buffers,
+    Entry,
+    OpenUpload,
+    Progress,
+    Store,
+    Version,
+    byte_views,
+    check_key,
+    is_key,
+)
+from asyncckpt.store.s3_answers import entries, parse_range, time_of
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
 from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated, unsafe
@@ -108,6 +118,9 @@ class S3Store(Store):
             self._lost_starts.discard(key)
         return upload
 
+    def gather(self) -> list[Buffer]:
+        return self._checksums.gather()
+
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self.get_version(key, max_bytes=max_bytes).data
 
@@ -119,7 +132,7 @@ class S3Store(Store):
         answer = self._ask("get_object", key, Key=name, Range=f"bytes={start}-{end - 1}")
         with closing(answer["Body"]) as body:
             sent = answer.get("ContentRange") or f"bytes 0-{answer['ContentLength'] - 1}/{answer['ContentLength']}"
-            first, last, stored_bytes = _parse_range(sent)
+            first, last, stored_bytes = parse_range(sent)
             if stored_bytes < end:
                 raise CorruptCheckpointError(f"the object has {stored_bytes} bytes, and {end} are asked for", key=key)
             if first != start or last < end - 1:
@@ -349,12 +362,9 @@ class S3Store(Store):
         except StoreError as error:
             if self._checksums.is_settled() or not refuses(error):
                 raise
-            self._send_checked(
-                "put_object", key, data, "md5", **params
-            )  # as old as S3: who knows no other knows this one
-        folder = key.rpartition("/")[0]
-        if folder:
-            self._folder = folder
+            # as old as S3: who knows no other knows this one
+            self._send_checked("put_object", key, data, "md5", **params)
+        self._folder = key.rpartition("/")[0] or self._folder
 
     def _put_small(self, key: str, data: bytes, **params: Any) -> Any:
         return self._send("put_object", key, Key=self._key(key), Body=data, **params)
@@ -418,11 +428,3 @@ def _told_apart(key: str) -> Iterator[None]:
         changed = ObjectChangedError("another object stands there by now", key=key)
         changed.unanswered = error.unanswered
         raise changed from error
-
-
-def _parse_range(text: str) -> tuple[int, int, int]:
-    """First byte, last byte and size of the object, from a `Content-Range`."""
-    found = re.fullmatch(r"bytes (\d+)-(-?\d+)/(\d+)", text)
-    if not found:
-        raise StoreError(f"the store sent a range that nobody can read: {text[:100]!r}")
-    return int(found[1]), int(found[2]), int(found[3])

@@ -10,7 +10,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from asyncckpt.errors import TransientStoreError
+from asyncckpt.errors import StoreError, TransientStoreError
 from asyncckpt.store.base import Entry
 from asyncckpt.store.s3_errors import redact
 
@@ -80,6 +80,14 @@ def time_of(answer: Mapping[str, Any]) -> float:
         return parsedate_to_datetime(said).timestamp()
     except ValueError as error:
         raise TransientStoreError(f"the store does not say what time it is: {said[:100]!r}") from error
+
+
+def parse_range(text: str) -> tuple[int, int, int]:
+    """First byte, last byte and size of the object, from a `Content-Range`."""
+    found = re.fullmatch(r"bytes (\d+)-(-?\d+)/(\d+)", text)
+    if not found:
+        raise StoreError(f"the store sent a range that nobody can read: {text[:100]!r}")
+    return int(found[1]), int(found[2]), int(found[3])
 
 
 def _unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:
