@@ -74,12 +74,14 @@ def entries(page: Mapping[str, Any], bucket: str, prefix: str) -> list[Entry]:
 
 
 def time_of(answer: Mapping[str, Any]) -> float:
-    """When the store answered, by its own clock, in unix seconds. `TransientStoreError` if it does not say."""
+    """When the store answered, by its own clock, in unix seconds. `StoreError` if it does not say."""
     said = str(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
     try:
         return parsedate_to_datetime(said).timestamp()
     except ValueError as error:
-        raise TransientStoreError(f"the store does not say what time it is: {said[:100]!r}") from error
+        raise StoreError(
+            f"this store does not say what time it is ({said[:100]!r}), so nobody can tell what is old there"
+        ) from error
 
 
 def parse_range(text: str) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Multipart uploads that outlived their writers: S3 holds them open, unseen in any listing of objects."""
 
+import math
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +13,7 @@ Ask = Callable[..., Any]
 """Sends one request: its operation, the key that it is about, and its parameters."""
 _UNKNOWN = {405, 501}
 _FIRST_UPLOAD_S = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
-"""No upload of this program is older. Of one that is said to be, nobody knows when it began: moto says 2010 of all."""
+"""No upload of this program is older. Of one that is said to be, or without a time, nobody knows when it began: moto says 2010 of all."""
 
 
 def find(ask: Ask, root: str, prefix: str, idle_since_s: float | None) -> list[OpenUpload]:
@@ -38,19 +39,19 @@ def _is_idle(ask: Ask, key: str, one: dict[str, Any], idle_since_s: float | None
     """Whether it was begun before, and no part came since: over a thin link an upload may take more than a day."""
     if idle_since_s is None:
         return True
-    begun_s = _seconds(one["Initiated"])
+    begun_s = _seconds(one.get("Initiated"), 0.0)
     if begun_s >= idle_since_s:
         return False
     parts = _pages(ask, "list_parts", key, "Parts", Key=one["Key"], UploadId=one["UploadId"])
     try:
-        times_s = [_seconds(part["LastModified"]) for part in parts]
+        times_s = [_seconds(part.get("LastModified"), math.inf) for part in parts]
     except ObjectNotFoundError:
         return False  # it has ended since
     return max(times_s) < idle_since_s if times_s else begun_s >= _FIRST_UPLOAD_S
 
 
-def _seconds(said: datetime) -> float:
-    return said.timestamp()
+def _seconds(said: datetime | None, unsaid_s: float) -> float:
+    return unsaid_s if said is None else said.timestamp()
 
 
 _NEXT = {

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from asyncckpt.errors import StoreAuthError, TransientStoreError
+from asyncckpt.errors import StoreAuthError, StoreError, TransientStoreError
 from asyncckpt.options import S3Options
 from asyncckpt.store.base import OpenUpload
 from asyncckpt.store.s3 import S3Store
@@ -109,11 +109,14 @@ def test_a_missing_permission_is_told(store: S3Store) -> None:
         store.open_uploads()
 
 
-def test_a_listing_without_dates_is_no_answer(store: S3Store) -> None:
-    body = "<ListMultipartUploadsResult><Upload><Key>run/a</Key><UploadId>1</UploadId></Upload></ListMultipartUploadsResult>"
+def test_an_upload_of_which_no_time_is_told_is_not_idle(store: S3Store) -> None:
+    rows = "".join(f"<Upload><Key>run/{name}</Key><UploadId>{name}</UploadId></Upload>" for name in ("a", "b", "c"))
+    body = f"<ListMultipartUploadsResult>{rows}</ListMultipartUploadsResult>"
+    untold = "<ListPartsResult><Part><PartNumber>1</PartNumber></Part></ListPartsResult>"
+    answers = {"a": answer(200, parts()), "b": answer(200, parts(30)), "c": answer(200, untold)}
     intercept(store, "ListMultipartUploads", lambda _: answer(200, body))
-    with pytest.raises(TransientStoreError, match="Initiated"):
-        store.open_uploads(idle_since_s=0.0)
+    intercept(store, "ListParts", lambda request: answers[asked(request)["uploadId"]])
+    assert [one.key for one in store.open_uploads(idle_since_s=1.8e9 - DAY_S)] == ["b"]
 
 
 def test_the_clock_is_the_servers_not_this_hosts(store: S3Store) -> None:
@@ -122,5 +125,6 @@ def test_the_clock_is_the_servers_not_this_hosts(store: S3Store) -> None:
     intercept(store, "ListObjectsV2", lambda _: answer(200, listing, headers))
     assert store.clock_s() == datetime(2015, 10, 21, 7, 28, tzinfo=UTC).timestamp()
     headers["Date"] = "half past nine"
-    with pytest.raises(TransientStoreError, match="half past nine"):
+    with pytest.raises(StoreError, match="half past nine") as caught:
         store.clock_s()
+    assert not isinstance(caught.value, TransientStoreError), "another try would fail alike"
