@@ -1,4 +1,4 @@
-"""The one place that deletes: what a failed attempt left, checkpoints that no rule keeps, and what a rewind takes away.
+"""The one place that deletes: what failed attempts or dead writers left, what no rule keeps, what a rewind takes away.
 
 A checkpoint goes in this order: its record, and only that very one; then a look that the record is gone; then the mark and the folders. A
 removal that is cut short leaves objects without a record, never the reverse. Records are never deleted by their name alone.

@@ -39,7 +39,6 @@ _libc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
 _COLLECT_S = 120.0  # of one collection: about a million objects on S3
-_LATE = f"leftovers were looked for {_COLLECT_S:.0f} s, and not everywhere; Run(url).collect_garbage() takes the time it needs"
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
 
 Reply = Callable[[int, str, dict[str, Any]], None]
@@ -55,9 +54,12 @@ class TaskRunner:
         pipeline: Pipeline,
         reply: Reply,
         progress: Progress = lambda: None,
+        *,
+        collect_s: float = _COLLECT_S,
     ) -> None:
         self._store = store
         self._progress = progress
+        self._collect_s = collect_s
         self._retention = Retention(store, rules)
         self._pipeline = pipeline
         self._reply = reply
@@ -161,7 +163,7 @@ class TaskRunner:
 
     def collect(self, task: int, job: SaveJob) -> None:
         """Remove what dead writers left, and end what workers of this very save left open, which is committed by now."""
-        end_s = time.monotonic() + _COLLECT_S
+        end_s = time.monotonic() + self._collect_s
 
         def go_on() -> bool:
             self._progress()
@@ -169,8 +171,12 @@ class TaskRunner:
 
         def work() -> dict[str, Any]:
             done = collect(self._store, ended=_folders(job), go_on=go_on)
-            late = () if time.monotonic() < end_s else (errors.DeadlineExceededError(_LATE),)
-            return upkeep.told_of(replace(done, failures=(*done.failures, *late)))
+            if time.monotonic() >= end_s:
+                late = errors.DeadlineExceededError(
+                    f"leftovers were looked for {self._collect_s:.0f} s, and not everywhere; Run(url).collect_garbage() takes the time it needs"
+                )
+                done = replace(done, failures=(*done.failures, late))
+            return upkeep.told_of(done)
 
         self._beside(task, job, work)
 
