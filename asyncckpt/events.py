@@ -140,6 +140,33 @@ class BytesRestored(Event):
     total_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class RetentionFailed(Event):
+    """Retention leaves these steps in place, whatever the rules say: their removal failed, or their records cannot be read.
+
+    No steps: it could not look what there is. It goes on with the others, and tries again after the next save.
+    """
+
+    steps: tuple[int, ...]
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class LeftoversRemoved(Event):
+    """What writers left that died is gone: folders of their attempts, and uploads that nobody ended (by key)."""
+
+    folders: tuple[str, ...]
+    uploads: tuple[str, ...]
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeftoversRemain(Event):
+    """What a failed save or a dead writer stored could not be looked for, or not be removed."""
+
+    error: BaseException
+
+
 Hook = Callable[[Event], Any]
 
 
