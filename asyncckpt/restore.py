@@ -159,11 +159,13 @@ def restore_from(
 
     def read(record: Record) -> Outcome:
         index = read_index(store, record)
+        values = read_values_of(store, record)
+        trees.check_stored(index.tree, values)
         wanted = plan_restore(
             state,
             index.tree,
             specs_of(index),
-            read_values_of(store, record),
+            values,
             strict=strict,
             parameters=index.parameters,
             aliases=index.aliases,

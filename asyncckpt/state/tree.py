@@ -145,6 +145,22 @@ def check_tree(tree: Any, specs: Mapping[str, tuple[str, tuple[int, ...]]], valu
     unflatten(tree, lambda _: nothing, values)
 
 
+def check_stored(tree: Any, values: Mapping[str, Any]) -> None:
+    """`CorruptCheckpointError` unless the state file holds every value that the tree names, before an object is changed."""
+    todo: list[tuple[Any, str | None]] = [(tree, None)]
+    while todo:
+        node, path = todo.pop()
+        if node == VALUE:
+            stored(values, path or "")
+            continue
+        kind, inner = one_item(node, path or "")
+        if kind == "scalar":
+            _scalar(NUMPY_SCALARS[inner], stored(values, path or ""), path or "")
+            continue
+        entries = inner.items() if isinstance(inner, dict) else ((keys.escape(at), one) for at, one in enumerate(inner))
+        todo += [(child, below(path, name)) for name, child in entries if type(child) is dict or child == VALUE]
+
+
 def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:
     if leaf == BYTES and (value.dtype is not torch.uint8 or value.dim() != 1):
         raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
