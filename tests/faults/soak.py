@@ -35,6 +35,7 @@ from tests.training import Training, fingerprint
 
 LOOK_S = 0.25
 SAMPLE_S = 5.0
+STEADY_MINUTES = 5.0  # before that caches and pools still fill
 WARM_UP = 0.4  # of the soak: memory is not looked at before
 END_S = 90.0
 VICTIMS = ("trainer", "trainer", "service", "worker", "all")
@@ -143,7 +144,8 @@ def soak(plan: Plan, folder: Path) -> Found:
         found.figures["of these"] = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
     for line in lines:
         _judge(line, found)
-    _slope(samples, found)
+    if plan.minutes >= STEADY_MINUTES:
+        _slope(samples, found)
     return found
 
 
