@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import random
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -68,8 +67,7 @@ class Line:
         self, name: str, bucket: str, folder: Path, *, proxy_url: str, endpoint: str, deadline_s: float
     ) -> None:
         self.name = name
-        self.prefix = f"{name}-{secrets.token_hex(4)}"
-        self.url = f"s3://{bucket}/{self.prefix}"
+        self.url = f"s3://{bucket}/{name}"
         self.direct = S3Options(endpoint_url=endpoint)
         self.log = folder / f"{name}.jsonl"
         self._command = [sys.executable, "-m", "tests.faults.soak_trainer", self.url, proxy_url, str(self.log)]
