@@ -99,6 +99,9 @@ class SaveFailedError(CheckpointError):
         super().__init__(f"{len(failures)} save(s) did not commit: {lines}", step=next(iter(failures), None))
         self.failures = dict(failures)
 
+    def __str__(self) -> str:
+        return self.message  # each failure in it tells its own step and key
+
 
 class CheckpointConflictError(CheckpointError):
     """The step was committed by another attempt."""
@@ -208,6 +211,11 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ResourceLimitError(UnsafeCheckpointError):
     """A checkpoint states sizes above the limits."""
+
+
+def told(error: BaseException | None) -> str:
+    """What an error says, for the message of another one that carries its step and key: these are told once, at the end."""
+    return error.message if isinstance(error, CheckpointError) else str(error)
 
 
 def family() -> dict[str, type[CheckpointError]]:
