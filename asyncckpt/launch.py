@@ -1,6 +1,7 @@
 """One save from the state to the engine: flatten, plan, take an arena, snapshot, hand over; and the answer's way back."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import logging
@@ -16,7 +17,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import errors, events
-from asyncckpt.engine.arena import Arena, ArenaPool
+from asyncckpt.engine.arena import Arena, ArenaPool, why_none
 from asyncckpt.engine.choice import CodecChoice
 from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
@@ -138,8 +139,9 @@ class Launcher:
         thread = threading.Thread(
             target=_touch, args=(self._copier, planned.plan, fresh, device), name="asyncckpt-touch", daemon=True
         )
-        thread.start()
-        self._touching.append(thread)
+        with contextlib.suppress(RuntimeError):  # the limit of threads: the first save touches the pages
+            thread.start()
+            self._touching.append(thread)
         for arena in fresh:
             self._arenas.give_back(arena)
 
@@ -251,8 +253,11 @@ class Launcher:
         if self._engine is None:
             try:
                 self._engine = self._start_engine(self, self._next_attempt)
-            except OSError as error:
-                raise errors.CheckpointError(f"the checkpoint service could not be started: {error}") from error
+            except (OSError, RuntimeError) as error:
+                way_out = (
+                    "; raise the limit of processes and threads (ulimit -u, pids.max)" if _lacks_room(error) else ""
+                )
+                raise errors.CheckpointError(f"the checkpoint engine could not be started: {error}{way_out}") from error
         return self._engine
 
     def _next_attempt(self) -> str:
@@ -295,7 +300,7 @@ class Launcher:
         try:
             taken = self._arenas.take(layout.arena_bytes, make_bytes=room_bytes(layout))
         except (OSError, MemoryError, OverflowError, ValueError) as error:
-            raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
+            raise errors.SnapshotError(why_none(layout.arena_bytes, error)) from error
         if taken is None:
             return None
         arena, replaced = taken
@@ -305,6 +310,11 @@ class Launcher:
                 self._engine.forget_arena(old)
             old.close()
         return arena
+
+
+def _lacks_room(error: Exception) -> bool:
+    """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
+    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)
 
 
 def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:

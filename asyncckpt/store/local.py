@@ -25,7 +25,7 @@ from asyncckpt.store.base import (
     is_key,
 )
 from asyncckpt.store.direct import NewFile, gains
-from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
+from asyncckpt.store.posix import ABSENT, absolute, link, mapped, read, sync_folder, translated, umask, unlink
 from asyncckpt.store.records_lock import RecordsLock
 
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
@@ -49,7 +49,7 @@ class LocalStore(Store):
     patience = Patience((0.1, 0.9))  # there is no other connection: the kernel's own copy is what is read again
 
     def __init__(self, root: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
-        self._root = Path(root).absolute()
+        self._root = absolute(root)
         self._progress = progress or (lambda: None)
         self._file_mode = 0o666 & ~umask()
         self._synced: set[Path] = set()
