@@ -19,6 +19,7 @@
     │   ├── ObjectNotFoundError           one key does not exist
     │   ├── ObjectExistsError             a conditional put found the key taken
     │   ├── ObjectChangedError            a conditional put or delete found another object than the one that was read
+    │   ├── UploadLostError               the store knows an upload, or a part of it, no more; it is begun again
     │   ├── UnsafeStoreError              the store ignores the condition of a put, or refuses it
     │   ├── ClockSkewError                this host's clock is too far from the store's
     │   ├── DiskFullError                 no space or quota left
@@ -159,6 +160,10 @@ class ObjectExistsError(StoreError):
 
 class ObjectChangedError(StoreError):
     """A conditional put or delete found another object than the one that was read."""
+
+
+class UploadLostError(StoreError):
+    """The store knows an upload, or a part of it, no more: it was aborted, or expired. Nothing can be said but to begin it again."""
 
 
 class UnsafeStoreError(StoreError):
