@@ -2,6 +2,7 @@
 
 import io
 import ipaddress
+import re
 import warnings
 from bisect import bisect_right
 from itertools import accumulate
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.session
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 
 from asyncckpt.errors import TransientStoreError
 from asyncckpt.options import S3Options
@@ -24,6 +26,12 @@ CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0  # also bounds the sending of one piece of a body; a worker counts as hung after twice as long
 _PIECE_BYTES = 2**21  # within the timeout above: 70 kB/s is the slowest connection that is not given up
 _SMALL_BYTES = 2**16
+
+
+_SENT_SECRETS = (
+    ("X-Amz-Security-Token", re.compile(r"(.+)")),
+    ("Authorization", re.compile(r"Credential=([^/]+)/")),
+)
 
 
 class Expectation:
@@ -71,18 +79,21 @@ def make_client(options: S3Options, expectation: Expectation, programs: Programs
     client.meta.events.register_last("before-parse.s3", expectation.hear)
     client.meta.events.register_last("before-parse.s3", judging(client.meta.endpoint_url))
     client.meta.events.register_last("before-send.s3", _remember_sent)
-    if (credentials := session.get_credentials()) is not None:
-        frozen = credentials.get_frozen_credentials()
-        remember(frozen.access_key, frozen.secret_key, frozen.token)
+    credentials = session.get_credentials()
+    if credentials is not None and not isinstance(
+        credentials, RefreshableCredentials
+    ):  # those are asked for when needed
+        remember(credentials.access_key, credentials.secret_key, credentials.token)
     _warn_of_plain_http(client.meta.endpoint_url)
     return client
 
 
 def _remember_sent(request: Any, **_: object) -> None:
     """Credentials are renewed on the way: what was sent last may be echoed."""
-    token = request.headers.get("X-Amz-Security-Token")
-    if token:
-        remember(token.decode() if isinstance(token, bytes) else token)
+    for header, secret in _SENT_SECRETS:
+        value = request.headers.get(header, "")
+        found = secret.search(value.decode("latin-1") if isinstance(value, bytes) else value)
+        remember(found and found[1])
 
 
 def signs_payload(client: Any) -> bool:

@@ -73,6 +73,7 @@ _WAY_OUT: dict[type[StoreError], str] = {
     StoreNotFoundError: "check the bucket's name, its region and the endpoint",
     ClockSkewError: "set this host's clock (NTP)",
     DiskFullError: "free space or raise the quota",
+    UploadLostError: "something ends uploads before they are complete: a lifecycle rule of the bucket, or another program",
 }
 _WIRE = (HTTPError, HTTPException, OSError)
 _CONNECTION = (
