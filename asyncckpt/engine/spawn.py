@@ -133,9 +133,7 @@ class ServiceProcess:
 def _popen(sock: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
     path = []
     for entry in sys.path:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # relative to a working directory that was deleted: nothing is there
+        with contextlib.suppress(FileNotFoundError):  # relative, and the working directory was deleted
             path.append(str(Path(entry).absolute()))
     command = [sys.executable, "-P", "-c", _BOOTSTRAP, str(sock.fileno()), json.dumps(path), str(asyncckpt.__file__)]
     return subprocess.Popen(

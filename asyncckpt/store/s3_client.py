@@ -80,9 +80,7 @@ def make_client(options: S3Options, expectation: Expectation, programs: Programs
     client.meta.events.register_last("before-parse.s3", judging(client.meta.endpoint_url))
     client.meta.events.register_last("before-send.s3", _remember_sent)
     credentials = session.get_credentials()
-    if credentials is not None and not isinstance(
-        credentials, RefreshableCredentials
-    ):  # those are asked for when needed
+    if credentials is not None and not isinstance(credentials, RefreshableCredentials):  # those may need a request
         remember(credentials.access_key, credentials.secret_key, credentials.token)
     _warn_of_plain_http(client.meta.endpoint_url)
     return client

@@ -160,7 +160,7 @@ def _mapped_answer(
     code = code_of(error)
     status = int(about.get("HTTPStatusCode", 0))
     headers = about.get("HTTPHeaders", {})
-    text = f"{operation}: {redact(str(facts.get('Message') or 'no message'))} ({code or status})"
+    text = f"{operation}: {redact(str(facts.get('Message') or 'no message'))} ({redact(code) or status})"
     if code == "InvalidRange" or status == 416:
         return CorruptCheckpointError(f"{text}; the object is shorter than what refers to it", key=key)
     if code == "NoSuchBucket":
