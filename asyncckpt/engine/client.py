@@ -13,6 +13,7 @@ from typing import Any
 
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
+from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
 from asyncckpt.engine.submitted import Listener, Submitted
@@ -44,9 +45,10 @@ class ServiceEngine:
         self._heard_s = time.monotonic()
         self._service = ServiceProcess(options)
         self._thread = threading.Thread(target=self._listen, name="asyncckpt-listener", daemon=True)
-        self._thread.start()
         self._announcer = threading.Thread(target=self._announce_all, name="asyncckpt-announcer", daemon=True)
-        self._announcer.start()
+        if start((self._thread, self._announcer)) < 2:
+            self._give_up()
+            raise RuntimeError("can't start new thread")  # as Python says it
 
     @property
     def pid(self) -> int:
@@ -110,6 +112,14 @@ class ServiceEngine:
             self._service.hang_up()
         self._thread.join()
         self._service.part(self._options.silent_s if wait else 0)
+
+    def _give_up(self) -> None:
+        """End a service that nobody would listen to."""
+        self._closing = True
+        self._service.hang_up()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._service.part(self._options.silent_s)
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, no more."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.format import keys
 from asyncckpt.format.frames import encode_shard
@@ -217,12 +218,11 @@ class Pipeline:
         self.budget = ByteBudget(share)
         self._progress = progress
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
+        threads = [
             threading.Thread(target=self._serve, name=f"asyncckpt-upload-{number}", daemon=True)
             for number in range(upload_threads(store, workers))
         ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = threads[: start(threads)]  # at the limit of threads: slower, not stuck
 
     def put_shard(self, job: SaveJob, plan: Plan, shard: ShardPlan, arena: memoryview, done: Done) -> None:
         """Encode now; `done(receipt, error)` is called once, from an upload thread, when the object exists or will not."""
@@ -249,7 +249,10 @@ class Pipeline:
 
     def run(self, work: Callable[[], None]) -> None:
         """Do something beside the encoder (a put, a check, a commit, retention); it must not raise."""
-        self._work.put(work)
+        if self._threads:
+            self._work.put(work)
+        else:
+            work()
 
     def close(self) -> None:
         """Wait for what was given, and end the threads."""

@@ -131,7 +131,10 @@ class ServiceProcess:
 
 
 def _popen(sock: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
-    path = [str(Path(entry).absolute()) for entry in sys.path]
+    path = []
+    for entry in sys.path:
+        with contextlib.suppress(FileNotFoundError):  # relative, and the working directory was deleted
+            path.append(str(Path(entry).absolute()))
     command = [sys.executable, "-P", "-c", _BOOTSTRAP, str(sock.fileno()), json.dumps(path), str(asyncckpt.__file__)]
     return subprocess.Popen(
         command,

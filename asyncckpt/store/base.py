@@ -93,7 +93,10 @@ class OpenUpload:
 
 
 class Upload(ABC):
-    """One object sent in parts, in any order and in parallel; it exists only after `complete()`."""
+    """One object sent in parts, in any order and in parallel; it exists only after `complete()`.
+
+    `UploadLostError`: the store has lost it, or a part of it. Whoever has the bytes may begin another.
+    """
 
     @abstractmethod
     def write(self, part: int, offset: int, data: Buffers) -> None:

@@ -17,6 +17,7 @@ from asyncckpt.errors import (
     ResourceLimitError,
     StoreError,
     TransientStoreError,
+    told,
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
@@ -215,9 +216,10 @@ class RetryingStore(Store):
         except tenacity.RetryError as error:
             tries = error.last_attempt.attempt_number
             last = error.last_attempt.exception()
+            about = (last.key if isinstance(last, StoreError) else None) or key
             took_s = self._clock() - started_s
             late = DeadlineExceededError(
-                f"{operation} failed for {took_s:.0f} s, {tries} tries; the last said: {last}", key=key
+                f"{operation} failed for {took_s:.0f} s, {tries} tries; the last said: {told(last)}", key=about
             )
             late.unanswered = unanswered
             raise late from last

@@ -33,7 +33,8 @@ from asyncckpt.store.base import (
 from asyncckpt.store.s3_answers import entries, parse_range, time_of
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
-from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated, unsafe
+from asyncckpt.store.s3_credentials import Programs
+from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, status_of, translated, unsafe
 from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
 
 _DELETE_BATCH = 1000  # what DeleteObjects takes
@@ -70,6 +71,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._made: Any = None
         self._expectation = Expectation()
+        self._programs = Programs(self._progress)
         self._deletes_batches = True
         self._lost_starts: set[str] = set()
         self._checksums = Checksums(self._options.checksum, self._put_small, self._delete_one)
@@ -327,20 +329,18 @@ class S3Store(Store):
         """The one client of this process, another than `but_not`."""
         with self._lock:
             if self._made is None or self._made is but_not:
-                self._made = make_client(self._options, self._expectation)
+                self._made = make_client(self._options, self._expectation, self._programs)
                 if self._past_caches:
                     read_past_caches(self._made)
             return self._made
 
     def _ask(self, operation: str, key: str, **params: Any) -> Any:
         """Send one request. Expired credentials are looked up anew, once."""
-        with translated(operation, key):
+        with translated(operation, key, self._bucket):
             client = self._client()
             self._progress()
             try:
                 return getattr(client, operation)(Bucket=self._bucket, **params)
-            except ValueError as error:  # botocore's, of a date or a number that is none
-                raise TransientStoreError(f"{operation}: this answer is not S3's: {redact(str(error))}") from error
             except ClientError as error:
                 if code_of(error) not in _EXPIRED:
                     raise
@@ -349,7 +349,7 @@ class S3Store(Store):
             return getattr(self._client(but_not=client), operation)(Bucket=self._bucket, **params)
 
     def _rung(self, key: str) -> Rung:
-        with translated("client", key):
+        with translated("client", key, self._bucket):
             signed = signs_payload(self._client())
         return self._checksums.rung(key, signed=signed)
 

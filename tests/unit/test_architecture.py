@@ -34,7 +34,7 @@ HOMES = {  # library -> the only files that may import it
     "tenacity": {"store/retry.py"},
     "threadpoolctl": {"state/threads.py"},
     "boto3": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},
-    "botocore": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},
+    "botocore": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py", "store/s3_credentials.py"},
 }
 PICKLE_READERS = {
     "pickle",
