@@ -14,7 +14,7 @@ from typing import Any
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
+from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess, say_once
 from asyncckpt.engine.submitted import Listener, Submitted
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
@@ -234,6 +234,8 @@ class ServiceEngine:
             self._parted = True
         elif kind == "removed":
             self._listener.event(events.CheckpointsRemoved(tuple(message["steps"])))
+        elif kind == "refused":  # a worker's system call, by the kernel
+            say_once(message["reason"])
         elif kind == "foreign":
             self._listener.event(events.ForeignCheckpoints(tuple(message["steps"])))
 
