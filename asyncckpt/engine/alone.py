@@ -9,7 +9,6 @@ from typing import Any
 from asyncckpt.engine.notices import Notice, take_notices
 
 _LOG = logging.getLogger("asyncckpt")
-_LEAST_S = 5.0  # a store that is well needs so long for a shard, also where nothing is tried again
 _UNANSWERED = ""
 _STORED = "stored"
 _DONE, _LATE = "done", "late"
@@ -23,7 +22,7 @@ class Alone:
     Args:
         notices: The folder of notices to later Savers.
         place: What the saves are stored in, as a later Saver names it.
-        deadline_s: `RetryPolicy.deadline_s`.
+        deadline_s: How long it may last without a save that moves.
         steps: Those of the saves that the trainer handed over and had no answer to.
     """
 
@@ -38,7 +37,7 @@ class Alone:
     ) -> None:
         self._notices = notices
         self._place = place
-        self._deadline_s = max(deadline_s, _LEAST_S)
+        self._deadline_s = deadline_s
         self._clock = clock
         self._moved_s = clock()
         self._since_s = time.time()

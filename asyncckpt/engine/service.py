@@ -144,7 +144,7 @@ class Service:
         self._alone = Alone(
             Path(self._hello["notices"]),
             self._hello["place"],
-            deadline_s=self._hello["deadline_s"],
+            deadline_s=self._hello["alone_s"],
             steps=[runs[number].job.step for number in self._unanswered if number in runs],
         )
 

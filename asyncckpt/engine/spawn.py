@@ -49,7 +49,8 @@ class EngineOptions:
     encoder and an upload at once), at 15 0.94, at 19 0.97. `hang_s`: a busy worker that gives no sign of life for this long
     is replaced; `starved_s`: one that does little but wait for a core so long is followed by one that yields less.
     `silent_s`: likewise a service with saves in flight; it speaks nine times as often. `notices`: the folder for what a service that
-    outlived its trainer tells the next Saver.
+    outlived its trainer tells the next Saver. `least_alone_s`: it may last so long alone, also where nothing is tried again: a store that
+    is well needs some time for a shard.
     """
 
     url: str
@@ -61,6 +62,12 @@ class EngineOptions:
     starved_s: float = 15.0
     silent_s: float = 90.0
     notices: Path = field(default_factory=notices_folder)
+    least_alone_s: float = 5.0
+
+    @property
+    def alone_s(self) -> float:
+        """How long a service without a trainer may last while no save moves."""
+        return max(self.least_alone_s, (self.s3.retry if self.s3 else RetryPolicy()).deadline_s)
 
     @property
     def place(self) -> str:
@@ -197,7 +204,7 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
         "starved_s": options.starved_s,
         "alive_s": options.silent_s / SIGNS,
         "trainer": os.getpid(),
-        "deadline_s": (options.s3.retry if options.s3 else RetryPolicy()).deadline_s,
+        "alone_s": options.alone_s,
         "notices": str(options.notices),
         "place": options.place,
     }
