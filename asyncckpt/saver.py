@@ -78,7 +78,7 @@ class Saver:
 
     A Saver belongs to one process and may be used from several threads. With `torch.distributed` initialised, rank 0 writes
     the replicated state; call `save()` on every rank, so that all are told alike what cannot be stored. On the others it checks the
-    state and returns.
+    state and returns. One that nobody holds any more, as when a notebook's cell is run again, finishes its saves and ends its service.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from asyncckpt.engine.copying import Copying
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
 from asyncckpt.engine.seat import STARVED_NICE, Seat, Seats, may_encode_more
-from asyncckpt.engine.title import Title, run_name
+from asyncckpt.engine.title import Title, run_name, service_title
 from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
@@ -76,7 +76,8 @@ class Service:
         self._copying.look(self._schedule)
         self._dispatch()  # first: saves may have come with the greeting
         self._watch()
-        self._title.show(self._described())
+        idle, alone = self._schedule.idle, self._alone is not None
+        self._title.show(service_title(self._name, in_flight=len(self._unanswered), idle=idle, alone=alone))
         return self._alone is None or not (self._schedule.idle or self._alone.left_s == 0)
 
     def _timeout(self) -> float | None:
@@ -87,14 +88,6 @@ class Service:
         if self._schedule.idle and not self._seats.dying:
             return _LOOK_S if self._polls else None
         return wait_s
-
-    def _described(self) -> str:
-        """For `ps`: a run that begins on this node must see who holds its memory."""
-        count = len(self._unanswered)
-        doing = f"{count} save{'s' if count > 1 else ''} in flight" if count else "idle"
-        if not count and not self._schedule.idle:
-            doing = "cleaning up"
-        return f"asyncckpt: {self._name}, {doing}" + (", its trainer is gone" if self._alone is not None else "")
 
     @property
     def _unanswered(self) -> set[int]:

@@ -91,11 +91,15 @@ class ServiceProcess:
                 self._process = _popen(theirs, self._stderr)
             undo.pop_all()
         self.channel = Channel(ours)
-        with contextlib.suppress(ConnectionError):  # dead already: the listener reads that
-            try:
+        try:
+            with contextlib.suppress(ConnectionError):  # dead already: the listener reads that
                 self.channel.send(_hello(options), pidfd)
-            finally:
-                _close(pidfd)
+        except BaseException:  # no descriptor is free
+            self.kill()
+            self.bury()
+            raise
+        finally:
+            _close(pidfd)
 
     @property
     def pid(self) -> int:

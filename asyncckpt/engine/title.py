@@ -24,6 +24,14 @@ def run_name(url: str) -> str:
     return "".join(letter for letter in name if letter.isprintable())[:_NAME_LETTERS]
 
 
+def service_title(run: str, *, in_flight: int, idle: bool, alone: bool) -> str:
+    """What a service does, for people: a run that begins on this node wants to know who holds its memory."""
+    doing = "idle" if idle else "cleaning up"
+    if in_flight:
+        doing = f"{in_flight} save{'s' if in_flight > 1 else ''} in flight"
+    return f"asyncckpt: {run}, {doing}" + (", its trainer is gone" if alone else "")
+
+
 class Title:
     """The name of this process and, until they give themselves another, of those that it forks."""
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from asyncckpt.engine.title import run_name
+from asyncckpt.engine.title import run_name, service_title
 
 _PROGRAM = """
 import subprocess, os, sys
@@ -49,3 +49,18 @@ def test_a_process_has_the_name_that_it_took_last_and_its_environment_stays():
 )
 def test_a_run_is_called_by_the_last_part_of_its_url(url, name):
     assert run_name(url) == name
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "idle", "alone", "says"),
+    [
+        (0, True, False, "idle"),
+        (1, False, False, "1 save in flight"),
+        (2, False, False, "2 saves in flight"),
+        (0, False, False, "cleaning up"),
+        (1, False, True, "1 save in flight, its trainer is gone"),
+        (0, False, True, "cleaning up, its trainer is gone"),
+    ],
+)
+def test_a_service_says_what_it_does(in_flight, idle, alone, says):
+    assert service_title("run-42", in_flight=in_flight, idle=idle, alone=alone) == f"asyncckpt: run-42, {says}"
