@@ -112,4 +112,4 @@ def _told(facts: Mapping[str, Any], *, alive: bool) -> tuple[bool, str]:
         parts.append(f"step(s) {', '.join(unanswered)} not finished: the service was killed")
     elif facts["ended"] == _LATE:
         parts.append("its clean-up was not finished")
-    return bad or alive, f"a checkpoint service whose trainer was gone at {since}: {'; '.join(parts)}"
+    return bad or alive, f"a checkpoint service that was left alone at {since}: {'; '.join(parts)}"

@@ -29,7 +29,7 @@ def service_title(run: str, *, in_flight: int, idle: bool, alone: bool) -> str:
     doing = "idle" if idle else "cleaning up"
     if in_flight:
         doing = f"{in_flight} save{'s' if in_flight > 1 else ''} in flight"
-    return f"asyncckpt: {run}, {doing}" + (", its trainer is gone" if alone else "")
+    return f"asyncckpt: {run}, {doing}" + (", left alone" if alone else "")
 
 
 class Title:

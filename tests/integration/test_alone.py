@@ -38,7 +38,7 @@ def told(s3_url, proxy, notices, caplog):
         caplog.clear()
         with caplog.at_level(logging.INFO, "asyncckpt"):
             TunedSaver(s3_url, store=s3(proxy.url), engine_options={"notices": notices}).close()
-        return [record.getMessage() for record in caplog.records if "trainer was gone" in record.getMessage()]
+        return [record.getMessage() for record in caplog.records if "left alone" in record.getMessage()]
 
     return look
 
@@ -83,7 +83,7 @@ def test_the_name_of_a_service_says_whose_it_is_and_what_it_does(s3_url, proxy):
 
 def test_the_next_saver_is_told_what_is_on_its_way_and_then_that_it_is_stored(warm, proxy, s3_url, notices, told):
     with left_alone(warm, proxy, s3_url, notices) as service:
-        named(service, "asyncckpt: run, 1 save in flight, its trainer is gone")
+        named(service, "asyncckpt: run, 1 save in flight, left alone")
         (line,) = told()
         assert "step(s) 1 on their way; it goes on, and gives up after 60 s" in line
         proxy.down = False
@@ -110,7 +110,7 @@ def test_one_deadline_bounds_the_save_and_its_clean_up_and_the_next_saver_is_tol
 
 def test_the_next_saver_is_told_of_a_service_that_was_killed(warm, proxy, s3_url, notices, told):
     with left_alone(warm, proxy, s3_url, notices) as service:
-        named(service, "asyncckpt: run, 1 save in flight, its trainer is gone")
+        named(service, "asyncckpt: run, 1 save in flight, left alone")
         kill(service)
         eventually(lambda: not alive(service), "it is gone")
     proxy.down = False

@@ -75,7 +75,7 @@ def test_what_was_stored_is_told_once_and_leaves_no_file(folder, clock, told):
     dead(one)
     ((level, line),) = told()
     assert level == "INFO"
-    assert line.startswith(f"{PLACE}: a checkpoint service whose trainer was gone at 20")
+    assert line.startswith(f"{PLACE}: a checkpoint service that was left alone at 20")
     assert line.endswith("step(s) 7 stored")
     assert told() == []
     assert list(folder.iterdir()) == []

@@ -58,8 +58,8 @@ def test_a_run_is_called_by_the_last_part_of_its_url(url, name):
         (1, False, False, "1 save in flight"),
         (2, False, False, "2 saves in flight"),
         (0, False, False, "cleaning up"),
-        (1, False, True, "1 save in flight, its trainer is gone"),
-        (0, False, True, "cleaning up, its trainer is gone"),
+        (1, False, True, "1 save in flight, left alone"),
+        (0, False, True, "cleaning up, left alone"),
     ],
 )
 def test_a_service_says_what_it_does(in_flight, idle, alone, says):
