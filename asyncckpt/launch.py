@@ -147,6 +147,11 @@ class Launcher:
         for arena in fresh:
             self._arenas.give_back(arena)
 
+    @property
+    def used(self) -> bool:
+        """Whether it holds anything that must be ended."""
+        return self._engine is not None or bool(self._arenas.all())
+
     def close(self, *, wait: bool) -> None:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:

@@ -15,7 +15,7 @@ from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
+from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess, say_once
 from asyncckpt.engine.submitted import Listener, Submitted
 from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
@@ -246,6 +246,8 @@ class ServiceEngine:
         elif kind == "upkeep":
             for event in events_of(message["kind"], message["data"]):
                 self._listener.event(event)
+        elif kind == "refused":  # a worker's system call, by the kernel
+            say_once(message["reason"])
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

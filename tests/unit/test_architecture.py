@@ -21,7 +21,22 @@ ROOMS = [
     {"checkpoints"},
     {"engine"},
     {"state"},
-    {"save", "saver", "launch", "lineage", "planner", "request", "restore", "run", "export", "progress", "staging"},
+    {
+        *(
+            "save",
+            "saver",
+            "launch",
+            "lineage",
+            "planner",
+            "request",
+            "restore",
+            "run",
+            "export",
+            "progress",
+            "staging",
+        ),
+        *("backing", "dropped"),
+    },
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]
