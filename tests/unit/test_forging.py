@@ -11,7 +11,7 @@ from asyncckpt.format.digest import hexdigest
 from asyncckpt.state.statefile import read_state, write_state
 from tests.forging import CODECS, DAMAGE, URL, Forgery, roads, state_of, try_seed
 
-SEEDS_OF_A_CODEC = 40
+SEEDS_OF_A_CODEC = 25
 
 
 @pytest.fixture(scope="module", params=CODECS)
