@@ -219,6 +219,12 @@ def state_of(step: int) -> dict[str, Any]:
     }
 
 
+def fresh() -> dict[str, Any]:
+    """Objects of a run that begins: its optimizer has no state yet, and takes what is read."""
+    model = Model()
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+
 class Forgery:
     """A store with two checkpoints. The parts of the second may be changed: `record`, `index`, `headers` by key, and `pickled`."""
 
@@ -430,6 +436,7 @@ def roads(store: MemoryStore, folder: Path) -> dict[str, Callable[[], Any]]:
         "part": lambda: asyncckpt.load(URL, step=2, prefix="optimizer", store=store),
         "restore": lambda: asyncckpt.restore(URL, state_of(9), step=2, store=store),
         "leniently": lambda: asyncckpt.restore(URL, state_of(9), step=2, strict=False, store=store),
+        "fresh": lambda: asyncckpt.restore(URL, fresh(), step=2, store=store),
         "verify": lambda: run.get(2).verify(),
         "tensors": tensors,
         "export": export,
