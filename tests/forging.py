@@ -36,12 +36,15 @@ from asyncckpt.format.nodes import SCALARS
 from asyncckpt.format.record import sealed
 from asyncckpt.store.memory import MemoryStore
 from tests.records import fields_of
+from tests.unit.engine.test_fetch_memory import resident_bytes
 from tests.writer import write_checkpoint
 
 URL = "memory://forged"
 STEPS = (1, 2)
 """Both sound; the second is changed."""
 CODECS = ("none", "planes", "zstd")
+LONG_S, MUCH_BYTES = 10.0, 128 * 2**20
+"""More than any forgery may take: its objects have less than a megabyte."""
 DAMAGE = (errors.CorruptCheckpointError, errors.UnsafeCheckpointError)
 
 _EXTREMES: tuple[Any, ...] = (
@@ -475,17 +478,24 @@ def complaint(road: Callable[[], Any], allowed: tuple[type[BaseException], ...])
 
 
 def try_seed(made: Forgery, seed: int, folder: Path) -> list[str]:
-    """Read the forgery of this seed in every way; what went wrong."""
+    """Read the forgery of this seed in every way; what went wrong, what took long, and what took much memory."""
     store, told = forged(made, seed)
     known = (*DAMAGE, errors.FormatVersionError, errors.StateMismatchError)
-    other = {"export": (errors.UnsupportedTensorError,)}  # a type that safetensors lacks
+    chosen = (errors.FormatVersionError, errors.StateMismatchError)
+    ways = {name: (road, known) for name, road in roads(store, folder).items()}
+    ways |= {name: (road, chosen) for name, road in choices(store).items()}
+    ways["export"] = (ways["export"][0], (*known, errors.UnsupportedTensorError))  # a type that safetensors lacks
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, road in roads(store, folder).items():
-            found.append((name, complaint(road, (*known, *other.get(name, ())))))
-        for name, road in choices(store).items():
-            found.append((name, complaint(road, (errors.FormatVersionError, errors.StateMismatchError))))
+        for name, (road, allowed) in ways.items():
+            started_s, before = time.process_time(), resident_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            found.append((name, complaint(road, allowed)))
+            if (took_s := time.process_time() - started_s) > LONG_S:
+                found.append((name, f"took {took_s:.1f} s"))
+            if (took_bytes := resident_bytes("VmHWM") - before) > MUCH_BYTES:
+                found.append((name, f"took {took_bytes / 2**20:.0f} MiB"))
     return [f"seed {seed}: {name}: {what} [{told}]" for name, what in found if what]
 
 

@@ -54,7 +54,10 @@ def first_good(
 
 @contextmanager
 def reading(store: Store, step: int, attempt: str | None = None) -> Iterator[None]:
-    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage."""
+    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage.
+
+    Nor is a machine without memory: that is told as a `CheckpointError`.
+    """
     try:
         yield
     except errors.MissingShardError as error:
@@ -65,6 +68,9 @@ def reading(store: Store, step: int, attempt: str | None = None) -> Iterator[Non
     except errors.CheckpointError as error:
         error.at(step=step, attempt=attempt)
         raise
+    except MemoryError as error:  # no damage: what a checkpoint may take is bounded by its stored bytes
+        text = "this machine has too little memory left to read the checkpoint: read a part of it, or free some"
+        raise errors.CheckpointError(text, step=step, attempt=attempt) from error
 
 
 def _stands(store: Store, step: int, attempt: str | None) -> bool:
