@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import random
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from tests.training import Training, fingerprint
 
 LOOK_S = 0.25
 SAMPLE_S = 5.0
+STEADY_MINUTES = 5.0  # before that caches and pools still fill
 WARM_UP = 0.4  # of the soak: memory is not looked at before
 END_S = 90.0
 VICTIMS = ("trainer", "trainer", "service", "worker", "all")
@@ -67,8 +67,7 @@ class Line:
         self, name: str, bucket: str, folder: Path, *, proxy_url: str, endpoint: str, deadline_s: float
     ) -> None:
         self.name = name
-        self.prefix = f"{name}-{secrets.token_hex(4)}"
-        self.url = f"s3://{bucket}/{self.prefix}"
+        self.url = f"s3://{bucket}/{name}"
         self.direct = S3Options(endpoint_url=endpoint)
         self.log = folder / f"{name}.jsonl"
         self._command = [sys.executable, "-m", "tests.faults.soak_trainer", self.url, proxy_url, str(self.log)]
@@ -143,7 +142,8 @@ def soak(plan: Plan, folder: Path) -> Found:
         found.figures["of these"] = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
     for line in lines:
         _judge(line, found)
-    _slope(samples, found)
+    if plan.minutes >= STEADY_MINUTES:
+        _slope(samples, found)
     return found
 
 

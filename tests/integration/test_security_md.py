@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from asyncckpt import KeepLast, Run, S3Options, Saver, restore
 from asyncckpt.store.s3 import S3Store
@@ -51,10 +52,11 @@ def test_every_request_of_a_runs_life_stands_in_the_table_of_rights(sent, s3_buc
     url, options = f"s3://{s3_bucket}/run", S3Options(endpoint_url=moto_endpoint)
     with Saver(url, store=options, engine="inline", codec="none", keep=[KeepLast(2)]) as saver:
         for step in (1, 2, 3):
-            saver.save(step, numbered(step, elements=6_000_000 if step == 3 else 1000))
+            saver.save(step, numbered(step))
+        saver.save(4, {"two parts": torch.zeros(2**23)})
         saver.wait()
     with Run(url, store=options) as run:
-        run.rewind(2)
+        run.rewind(3)
         run.collect_garbage()
     assert sent >= {"PutObject", "UploadPart", "GetObject", "ListObjectsV2", "DeleteObject"}
     assert {right_of(request) for request in sent} == set(rights().values()) - {"s3:AbortMultipartUpload"}
