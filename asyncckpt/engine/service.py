@@ -51,6 +51,7 @@ class Service:
         self._arenas: dict[int, tuple[int, int]] = {}
         self._states: dict[int, int] = {}
         self._said_s = time.monotonic()
+        self._said_rest = True
 
     def run(self) -> None:
         """Serve until the trainer is gone or has closed, and every save has its answer or its deadline is over."""
@@ -158,6 +159,7 @@ class Service:
 
     def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
         job = SaveJob.from_json(message["job"])
+        self._said_rest = False
         self._schedule.submit(job, message["shards"], staged=bool(fds))
         if fds:
             self._states[job.number] = fds[0]
@@ -316,6 +318,9 @@ class Service:
             self._trainer_died()
         if self._schedule.idle:
             self._seats.each(Seat.rest)
+            if not self._said_rest:
+                self._said_rest = True
+                self._tell({"op": "rested"})
         elif now - self._said_s > self._hello["alive_s"]:
             self._tell({"op": "alive"})
         self._seats.reap()
