@@ -127,6 +127,10 @@ class Store(ABC):
     def start_upload(self, key: str) -> Upload:
         """Begin an object of unknown size."""
 
+    def part_bytes(self, most_bytes: int) -> int:
+        """How large the next part of an upload should be, as its connections are now: `most_bytes`, or less on a slow link."""
+        return max(most_bytes, self.min_part_bytes)
+
     @abstractmethod
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """The whole object. `ObjectNotFoundError` if absent, `ResourceLimitError` above `max_bytes`."""

@@ -81,6 +81,9 @@ class RetryingStore(Store):
     def start_upload(self, key: str) -> Upload:
         return _RetryingUpload(self, key, self._try("start_upload", key, lambda: self._inner.start_upload(key)))
 
+    def part_bytes(self, most_bytes: int) -> int:
+        return self._inner.part_bytes(most_bytes)
+
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self._try("get", key, lambda: self._inner.get(key, max_bytes=max_bytes))
 

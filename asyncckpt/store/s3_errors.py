@@ -81,6 +81,7 @@ _REFUSED = frozenset(_DONE_NOTHING.split())
 """Answers of S3 that say that nothing was done. With a status of 500 or more they prove nothing: a gateway may say so while it works."""
 CHANGED = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 """What arrived is not what was sent."""
+_TOO_MUCH = frozenset({0, 408, 429, 503, 504})  # 0: there was no answer
 _CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -173,6 +174,11 @@ def status_of(error: BaseException | None) -> int:
     if not isinstance(error, boto.ClientError):
         return 0
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def slows_down(error: StoreError) -> bool:
+    """Whether less should be sent at once: the store says so, or a connection died or timed out."""
+    return isinstance(error, TransientStoreError) and status_of(error.__cause__) in _TOO_MUCH
 
 
 def redact(text: str) -> str:
