@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.format import keys
@@ -63,7 +63,7 @@ class _Part:
     number: int
     offset: int
     full_bytes: int
-    data: list[Buffer] = field(default_factory=list)
+    data: list[Buffer]
     bytes: int = 0
     held_bytes: int = 0  # of memory of its own, counted in the budget
 
@@ -107,7 +107,8 @@ class _ShardPut:
 
     def _begin_part(self, number: int, offset: int) -> _Part:
         asked_bytes = self._pipeline.store.part_bytes(self._pipeline.part_bytes)
-        return _Part(number, offset, max(asked_bytes, -(-self._shard.raw_bytes // _PART_SLACK)))
+        full_bytes = max(asked_bytes, -(-self._shard.raw_bytes // _PART_SLACK))
+        return _Part(number, offset, full_bytes, self._pipeline.store.gather())
 
     def finish(self, encode_s: float, error: BaseException | None) -> None:
         self._encode_s = encode_s

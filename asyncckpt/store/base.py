@@ -131,6 +131,13 @@ class Store(ABC):
         """How large the next part of an upload should be, as its connections are now: `most_bytes`, or less on a slow link."""
         return max(most_bytes, self.min_part_bytes)
 
+    def gather(self) -> list[Buffer]:
+        """An empty list for the buffers of one `put` or `write`, to be filled by `append` alone.
+
+        A store that sends a checksum takes it of each buffer as it comes, while that is in the processor's cache.
+        """
+        return []
+
     @abstractmethod
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """The whole object. `ObjectNotFoundError` if absent, `ResourceLimitError` above `max_bytes`."""

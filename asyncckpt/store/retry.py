@@ -20,7 +20,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version
+from asyncckpt.store.base import Buffer, Buffers, Entry, Progress, Store, Upload, Version
 
 _LOG = logging.getLogger("asyncckpt")
 _ABORT_DEADLINE_S = 60.0  # an abort cleans up behind a failure that somebody waits to hear of
@@ -83,6 +83,9 @@ class RetryingStore(Store):
 
     def part_bytes(self, most_bytes: int) -> int:
         return self._inner.part_bytes(most_bytes)
+
+    def gather(self) -> list[Buffer]:
+        return self._inner.gather()
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self._try("get", key, lambda: self._inner.get(key, max_bytes=max_bytes))

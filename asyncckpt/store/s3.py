@@ -17,7 +17,7 @@ from asyncckpt.errors import (
     UnsafeStoreError,
 )
 from asyncckpt.options import S3Options
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
+from asyncckpt.store.base import Buffer, Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
 from asyncckpt.store.s3_answers import entries
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
@@ -109,6 +109,9 @@ class S3Store(Store):
             upload.abort_others()
             self._lost_starts.discard(key)
         return upload
+
+    def gather(self) -> list[Buffer]:
+        return self._checksums.gather()
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self.get_version(key, max_bytes=max_bytes).data
@@ -332,12 +335,9 @@ class S3Store(Store):
         except StoreError as error:
             if self._checksums.is_settled() or not refuses(error):
                 raise
-            self._send_checked(
-                "put_object", key, data, "md5", **params
-            )  # as old as S3: who knows no other knows this one
-        folder = key.rpartition("/")[0]
-        if folder:
-            self._folder = folder
+            # as old as S3: who knows no other knows this one
+            self._send_checked("put_object", key, data, "md5", **params)
+        self._folder = key.rpartition("/")[0] or self._folder
 
     def _put_small(self, key: str, data: bytes, **params: Any) -> Any:
         return self._send("put_object", key, Key=self._key(key), Body=data, **params)

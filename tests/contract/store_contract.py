@@ -54,6 +54,14 @@ class StoreContract:
         store.put("a/b.bin", [b"one", bytearray(b"two"), b"", memoryview(numbers), memoryview(b"-three-")[1:6]])
         assert store.get("a/b.bin", max_bytes=100) == b"onetwo" + numbers.tobytes() + b"three"
 
+    def test_buffers_that_the_store_gathered_come_back_joined(self, store: Store) -> None:
+        for key, count in (("few", 2), ("many", 300)):
+            body = store.gather()
+            for number in range(count):
+                body.append(memoryview(bytes([number % 256]) * 1000))
+            store.put(key, body)
+            assert store.get(key, max_bytes=10**6) == b"".join(body)
+
     def test_an_empty_object_exists(self, store: Store) -> None:
         store.put("empty", [])
         assert store.get("empty", max_bytes=0) == b""
