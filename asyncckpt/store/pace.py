@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_GROWS_AFTER = 10  # bodies in a row, so that a store that refuses some of them is not asked more often
+_GROWS_AFTER = 10  # bodies
 _HALVED_EVERY_S = 5.0  # what was under way at the same time fails together, and is one reason
 _PART_S = 30.0  # what a dead connection may cost, and how long a store is silent about a good one
 _MEASURED = 16  # bodies
@@ -60,10 +60,9 @@ class Pace:
     def slow_down(self) -> None:
         """The store asked for it, or a connection died. To be said in its turn."""
         with self._changed:
-            self._went_well = 0
             now_s = self._clock()
             if now_s - self._halved_s >= _HALVED_EVERY_S:
-                self._halved_s = now_s
+                self._halved_s, self._went_well = now_s, 0
                 self.turns = max(1, min(self.turns, self._under_way) // 2)
 
     def part_bytes(self, *, least_bytes: int, most_bytes: int) -> int:
