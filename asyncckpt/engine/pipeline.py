@@ -24,7 +24,7 @@ REMOTE_UPLOADS, LOCAL_UPLOADS = 16, 4
 """Upload threads of a worker, at most. A connection to S3 carries some 90 MB/s and each request first waits 30 ms; a folder gains nothing
 from more writers than cores, but a network filesystem may."""
 ALL_UPLOADS = 2 * REMOTE_UPLOADS
-"""Of all workers of a Saver: on a thin uplink more connections would only time out."""
+"""Of all workers of a Saver: on a thin uplink more connections would only take bytes from each other."""
 _PART_SLACK = 9_500  # parts planned per object; S3 allows 10,000
 
 Done = Callable[[ShardReceipt | None, BaseException | None], None]

@@ -25,8 +25,10 @@ _LARGE_BYTES = 2**16  # below it a request takes what its round trips take
 class Endurance:
     """When a connection is given up.
 
+    Links below 0.1 MB/s are too thin: a part of the least size that S3 takes would need a minute of all of it.
+
     Args:
-        still_s: No byte moved for so long, in either direction.
+        still_s: No byte moved for so long, in either direction. A worker counts as hung after twice as long.
         floor_bytes_per_s: It moved fewer, though half of what other connections got was more.
         sending_s: So long below the floor; a body that is sent again loses all that had arrived.
         receiving_s: So long below the floor; an answer is asked for from where it stopped, and loses nothing.
@@ -169,8 +171,7 @@ class Watch:
         try:
             yield
             if body_bytes >= _LARGE_BYTES:
-                now_s = self._clock()
-                self._finished.append((now_s, body_bytes, now_s - began_s))
+                self._note(body_bytes, began_s)
         except StoreError as error:
             if not request.given_up:
                 raise
@@ -192,13 +193,26 @@ class Watch:
 
     def _is_awake(self) -> bool:
         if self._thread is None:
-            thread = threading.Thread(target=self._look_on, name="asyncckpt-watch", daemon=True)
+            thread = threading.Thread(target=self._live, name="asyncckpt-watch", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # no more threads, or the interpreter ends
                 return False
             self._thread = thread
         return True
+
+    def _note(self, body_bytes: int, began_s: float) -> None:
+        now_s = self._clock()
+        with self._changed:
+            self._finished.append((now_s, body_bytes, now_s - began_s))
+
+    def _live(self) -> None:
+        try:
+            self._look_on()
+        finally:
+            with self._changed:
+                if self._thread is threading.current_thread():  # it failed: the next request starts another
+                    self._thread = None
 
     def _look_on(self) -> None:
         seen_s = self._clock()
@@ -222,8 +236,8 @@ class Watch:
     def _share_beside(self, request: Request) -> float:
         """Bytes a second that a connection got lately, this one left out."""
         since_s = self._clock() - self._endurance.sending_s
-        seen = [(count, took_s) for ended_s, count, took_s in tuple(self._finished) if ended_s >= since_s]
         with self._changed:
+            seen = [(count, took_s) for ended_s, count, took_s in self._finished if ended_s >= since_s]
             seen += [(one.waited_bytes, one.waited_s) for one in self._requests if one is not request]
         took_s = sum(seconds for _, seconds in seen)
         return sum(count for count, _ in seen) / took_s if took_s else float("inf")
