@@ -36,6 +36,11 @@ def upload_threads(store: Store, workers: int) -> int:
     return max(1, min(most, ALL_UPLOADS // workers))
 
 
+def _even(raw_bytes: int, part_bytes: int) -> int:
+    """Near `part_bytes`, so that no small rest stays: each request costs 0.8 ms of CPU, and an upload for a rest two more of them."""
+    return raw_bytes // max(1, round(raw_bytes / part_bytes)) + 1
+
+
 class ByteBudget:
     """Bytes that may be in flight; taking more waits."""
 
@@ -106,7 +111,7 @@ class _ShardPut:
         return True
 
     def _begin_part(self, number: int, offset: int) -> _Part:
-        asked_bytes = self._pipeline.store.part_bytes(self._pipeline.part_bytes)
+        asked_bytes = self._pipeline.store.part_bytes(_even(self._shard.raw_bytes, self._pipeline.part_bytes))
         full_bytes = max(asked_bytes, -(-self._shard.raw_bytes // _PART_SLACK))
         return _Part(number, offset, full_bytes, self._pipeline.store.gather())
 

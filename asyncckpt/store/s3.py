@@ -14,15 +14,26 @@ from asyncckpt.errors import (
     ResourceLimitError,
     StoreError,
     TransientStoreError,
-    UnsafeStoreError,
 )
 from asyncckpt.options import S3Options
-from asyncckpt.store.base import Buffer, Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
-from asyncckpt.store.s3_answers import entries
+from asyncckpt.store import s3_open_uploads
+from asyncckpt.store.base import (
+    Buffer,
+    Buffers,
+    Entry,
+    OpenUpload,
+    Progress,
+    Store,
+    Version,
+    byte_views,
+    check_key,
+    is_key,
+)
+from asyncckpt.store.s3_answers import entries, time_of
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
 from asyncckpt.store.s3_download import S3Download, read_whole
-from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated
+from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated, unsafe
 from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
 from asyncckpt.store.s3_wire import S3Wire
 from asyncckpt.store.watch import Endurance
@@ -85,7 +96,7 @@ class S3Store(Store):
             if status_of(error.__cause__) != 501:
                 raise
             if not self._options.single_writer:
-                raise _unsafe("refuses `If-None-Match`", key) from error
+                raise unsafe("refuses `If-None-Match`", key) from error
             self._put(key, data, **params)
 
     def start_upload(self, key: str) -> S3Upload:
@@ -196,10 +207,7 @@ class S3Store(Store):
             self._put(key, data, Key=name, IfMatch=old.tag)
 
     def remove(self, key: str, old: Version) -> None:
-        """As the contract says, by one DELETE with `If-Match`. A store that ignores it there (MinIO does) removes what stands.
-
-        With `single_writer` the object is read before instead.
-        """
+        """By one DELETE with `If-Match`, where a store that ignores it (MinIO does) removes what stands. `single_writer`: by a look before."""
         condition = {"IfMatch": old.tag}
         with suppress(ObjectNotFoundError), _told_apart(key):
             if self._options.single_writer:
@@ -210,7 +218,7 @@ class S3Store(Store):
                 self._ask("delete_object", key, Key=self._key(key), **condition)
             except StoreError as error:
                 if condition and status_of(error.__cause__) == 501:
-                    raise _unsafe("refuses `If-Match` for deletions", key) from error
+                    raise unsafe("refuses `If-Match` for deletions", key) from error
                 raise
 
     def _check_same(self, key: str, old: Version, although: str = "") -> None:
@@ -227,7 +235,7 @@ class S3Store(Store):
             if self._replaces or self._refuses_another_tag(key):
                 self._replaces = True
                 return
-        raise _unsafe("ignores `If-Match`", key)
+        raise unsafe("ignores `If-Match`", key)
 
     def _refuses_another_tag(self, key: str) -> bool:
         folder = key.rpartition("/")[0] or self._folder
@@ -278,6 +286,15 @@ class S3Store(Store):
                 )
                 raise mapped(cause, "delete_objects", str(failed.get("Key", ""))[len(self._prefix) :])
         return True
+
+    def clock_s(self) -> float:
+        return time_of(self._ask("list_objects_v2", "", Prefix=self._prefix, MaxKeys=1))
+
+    def open_uploads(self, prefix: str = "", *, idle_since_s: float | None = None) -> Sequence[OpenUpload]:
+        return s3_open_uploads.find(self._ask, self._prefix, prefix, idle_since_s)
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        S3Upload(self, upload.key, upload.token).abort()
 
     def close(self) -> None:
         with self._lock:
@@ -371,14 +388,6 @@ class S3Store(Store):
             raise
         self._expectation.refusal = False
         return answer
-
-
-def _unsafe(what: str, key: str) -> UnsafeStoreError:
-    return UnsafeStoreError(
-        f"this store {what}, so one of two writers could undo unseen what the other has just done; if there is only one, say"
-        " S3Options(single_writer=True)",
-        key=key,
-    )
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Answers of `S3Store` that bring an object's bytes: what breaks off is asked for from the byte where it stopped."""
 
-import re
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt.errors import CorruptCheckpointError, ResourceLimitError, StoreError, TransientStoreError
 from asyncckpt.store.base import Version
+from asyncckpt.store.s3_answers import parse_range
 from asyncckpt.store.s3_errors import translated
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class S3Download:
             if self._tag and self._tag != answer["ETag"]:
                 raise TransientStoreError("another object stands there by now", key=self._key)
             sent = answer.get("ContentRange") or f"bytes 0-{answer['ContentLength'] - 1}/{answer['ContentLength']}"
-            first, last, stored_bytes = _parse_range(sent)
+            first, last, stored_bytes = parse_range(sent)
             if stored_bytes < end:
                 raise CorruptCheckpointError(
                     f"the object has {stored_bytes} bytes, and {end} are asked for", key=self._key
@@ -95,11 +95,3 @@ def read_whole(store: "S3Store", key: str, max_bytes: int) -> Version:
             raise
         download.receive()
     return Version(bytes(content), answer["ETag"])
-
-
-def _parse_range(text: str) -> tuple[int, int, int]:
-    """First byte, last byte and size of the object, from a `Content-Range`."""
-    found = re.fullmatch(r"bytes (\d+)-(-?\d+)/(\d+)", text)
-    if not found:
-        raise StoreError(f"the store sent a range that nobody can read: {text[:100]!r}")
-    return int(found[1]), int(found[2]), int(found[3])
