@@ -1,15 +1,23 @@
 """S3 over thin, trickling and dead links: real sockets, with rates and patience a hundred times smaller than the real ones."""
 
 import random
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from asyncckpt.errors import TransientStoreError
 from asyncckpt.options import RetryPolicy, S3Options
@@ -145,6 +153,37 @@ def test_an_answer_that_does_not_come_is_given_up(proxy: Proxy, s3_bucket: str) 
         proxy.delay_s = 1.5
         with pytest.raises(TransientStoreError, match=r"head_object: no byte moved for 0\.5 s"):
             store.head("a")
+
+
+def test_a_connection_under_tls_is_watched_too(silent_tls_server: str) -> None:
+    options = S3Options(endpoint_url=silent_tls_server, checksum="none")
+    with (
+        S3Store("bucket", "run", options, endurance=SOON) as store,
+        pytest.raises(TransientStoreError, match=r"put_object: no byte moved for 0\.5 s"),
+    ):
+        store.put("a", [bytes(20_000_000)])
+
+
+@pytest.fixture
+def silent_tls_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Shakes hands with whoever trusts it, and says no more."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (tmp_path / "certificate").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (tmp_path / "key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "certificate"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        accepted = threads.submit(lambda: context.wrap_socket(listener.accept()[0], server_side=True))
+        yield f"https://localhost:{listener.getsockname()[1]}"
+        accepted.result(5.0).close()
 
 
 def test_who_watches_says_that_something_moves(proxy: Proxy, s3_bucket: str) -> None:
