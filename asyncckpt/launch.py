@@ -79,6 +79,7 @@ class Launcher:
         self._attempts = itertools.count(1)
         self._flattener = Flattener()
         self._copier = Copier()
+        self._shared = shared
         self._arenas = ArenaPool(pending, shared=shared)
         self._planner = Planner(choice, self._forgotten)
         self._flights: dict[int, _Flight] = {}
@@ -147,13 +148,15 @@ class Launcher:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
             thread.join()
-        self.arrival.close(wait=wait)
+        self.arrival.close()
         self._copier.close()
         if self._engine is not None:
             self._engine.close(wait=wait)
+        left = [flight.arena for flight in list(self._flights.values())] if not self._shared else []
         for arena in self._arenas.all():
             self._copier.forget(arena)
-            arena.close()
+            if arena not in left:  # a service has a map of its own, the in-process engine reads this one
+                arena.close()
 
     def leave_in_child(self) -> None:
         """In a forked child: let go of descriptors and maps, wait for nothing."""

@@ -140,10 +140,10 @@ class Arrival:
             self._settled = True
         note(self._root, self.lineage, restored=None)
 
-    def close(self, *, wait: bool = True) -> None:
-        """Wait until nothing looks any more. Without `wait` a second at most: somebody is in a hurry, and the store may be away."""
+    def close(self) -> None:
+        """Wait until nothing looks any more, for a second at most: the store may be away, and nobody needs the answer."""
         if self._thread is not None:
-            self._thread.join(self._wait_s if wait else min(self._wait_s, _HURRY_S))
+            self._thread.join(min(self._wait_s, _HURRY_S))
 
     def _is_told(self, wait_s: float) -> bool:
         """Whether a look has ended, after so long a wait at most."""

@@ -264,13 +264,21 @@ class Saver:
 
     # -- the end
 
-    def close(self) -> None:
-        """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before."""
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before.
+
+        A save that the store keeps from progress fails at `RetryPolicy.deadline_s`, and this returns within two seconds behind it: the
+        service removes what failed saves stored, and what retention does not keep, by itself. `TimeoutError` after `timeout` seconds: then
+        the Saver is closed too, and the service finishes the saves (the in-process engine as long as this process lives).
+        """
         self._check_process()
         if self._closed:
             return
         try:
-            self.wait()
+            self.wait(timeout)
+        except TimeoutError:
+            self._leave(finish=False)
+            raise
         except Exception:
             self._shut(wait=True)
             raise
@@ -324,7 +332,8 @@ class Saver:
         _savers.add(self)
         if self._engine_name == "service":
             return ServiceEngine(self._engine_options(), listener, next_attempt)
-        return InlineEngine(self._store, self._keep, listener)
+        retry = (self._s3 or S3Options()).retry
+        return InlineEngine(self._store, self._keep, listener, retry=retry, closes_store=self._custom is None)
 
     def _engine_options(self) -> EngineOptions:
         return EngineOptions(self.url, self._s3, self._workers, self._keep)
@@ -346,17 +355,17 @@ class Saver:
         else:
             self._hooks(event)
 
-    def _leave(self) -> None:
-        """Hand over what is staged and go; the in-process engine must finish first."""
+    def _leave(self, *, finish: bool = True) -> None:
+        """Hand over what is staged and go; the in-process engine must `finish` first, where this process may end."""
         for save in self._ledger.in_flight:
             save._staged.wait()
         if self._engine_name == "inline":
-            for save in self._ledger.in_flight:
+            for save in self._ledger.in_flight if finish else ():
                 save._ended.wait()
         elif in_flight := self._ledger.in_flight:
             steps = ", ".join(str(save.step) for save in in_flight)
             _LOG.warning("leaving while step(s) %s are on their way; the checkpoint service finishes them", steps)
-        self._shut(wait=False)
+        self._shut(wait=finish and self._engine_name == "inline")
         for save in self._ledger.in_flight:
             reason = "the Saver was left while this save was on its way; the checkpoint service finishes it"
             self._ledger.forget(save, errors.CheckpointError(reason, step=save.step))
@@ -365,7 +374,7 @@ class Saver:
         self._closed = True
         _savers.discard(self)
         self._launcher.close(wait=wait)
-        if self._custom is None:
+        if self._custom is None and not isinstance(self._launcher._engine, InlineEngine):  # which may need it longer
             self._store.close()
 
 

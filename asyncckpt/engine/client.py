@@ -15,9 +15,10 @@ from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
-from asyncckpt.engine.submitted import Listener, Submitted
+from asyncckpt.engine.submitted import Listener, Submitted, parting_s
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
+from asyncckpt.options import RetryPolicy
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
@@ -40,6 +41,7 @@ class ServiceEngine:
         self._closing = False
         self._parted = False
         self._broken: str | None = None
+        self._store_fails = False  # a request was tried again since the last answer
         self._heard_s = time.monotonic()
         self._service = ServiceProcess(options)
         self._thread = threading.Thread(target=self._listen, name="asyncckpt-listener", daemon=True)
@@ -100,7 +102,11 @@ class ServiceEngine:
         self._forget("structure", number, self._told_structures)
 
     def close(self, *, wait: bool = True) -> None:
-        """End the service. Saves that were handed over are finished first, also when this does not `wait` for them."""
+        """End the service. Saves that were handed over are finished first, also when this does not `wait` for them.
+
+        What follows their answers (a removal, retention) is waited for a few seconds, and hardly at all while the store fails: the service
+        does it alone.
+        """
         self._announcements.put(None)
         self._announcer.join()
         with self._lock:
@@ -108,7 +114,8 @@ class ServiceEngine:
             self._heard_s = time.monotonic()
             self._service.hang_up()
         self._thread.join()
-        self._service.part(self._options.silent_s if wait else 0)
+        retry = self._options.s3.retry if self._options.s3 else RetryPolicy()
+        self._service.part(parting_s(retry, store_fails=self._store_fails) if wait else 0)
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, no more."""
@@ -221,12 +228,14 @@ class ServiceEngine:
         kind = message["op"]
         if kind == "ended":
             self._deaths = 0
+            self._store_fails = self._store_fails and "error" in message
             outcome = CommitOutcome.from_json(message["outcome"]) if "outcome" in message else None
             error = errors.from_json(message["error"]) if "error" in message else None
             self._answered(message["job"], outcome, error)
         elif kind == "stored":
             self._listener.event(events.ShardStored(**message["data"]))
         elif kind == "retried":
+            self._store_fails = True
             self._listener.event(events.StoreRetried(**message["data"]))
         elif kind == "worker_replaced":
             self._listener.event(events.WorkerReplaced(message["reason"]))

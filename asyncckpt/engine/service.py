@@ -19,7 +19,10 @@ from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import Ended, Schedule, Task
 from asyncckpt.engine.seat import STARVED_NICE, Seat, Seats, may_encode_more
 from asyncckpt.engine.wire import Channel
+from asyncckpt.events import StoreRetried
+from asyncckpt.options import RetryPolicy, S3Options
 
+_LOOK_S = 0.2  # how often the clocks of saves are looked at
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
 
 
@@ -30,7 +33,8 @@ class Service:
         self._trainer: Channel | None = trainer
         self._hello = hello
         self._rules = rules_from_json(hello["keep"])
-        self._schedule = Schedule(retention=bool(self._rules))
+        retry = S3Options.from_json(hello["s3"]).retry if hello["s3"] else RetryPolicy()
+        self._schedule = Schedule(retention=bool(self._rules), deadline_s=retry.deadline_s, give_up=self._give_up)
         self._selector = selectors.DefaultSelector()
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
         self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
@@ -47,6 +51,7 @@ class Service:
         self._tell({"op": "ready"})
         while self._trainer is not None or not self._schedule.idle:
             self._copying.look(self._schedule)
+            self._look()
             self._dispatch()  # first: saves may have come with the greeting
             self._watch()
             for key, mask in self._selector.select(self._timeout()):
@@ -66,7 +71,9 @@ class Service:
     def _timeout(self) -> float | None:
         if self._schedule.idle and not self._seats.dying:
             return None
-        alive_s = min(1.0, float(self._hello["alive_s"]))  # while saves are in flight the trainer hears that we live
+        alive_s = min(
+            _LOOK_S, float(self._hello["alive_s"])
+        )  # while saves are in flight the trainer hears that we live
         return min(alive_s, self._copying.poll_s)
 
     # -- the trainer
@@ -230,13 +237,12 @@ class Service:
         kind = message["op"]
         if kind == "beat":
             return
-        if kind == "retried":
-            for run in self._schedule.runs.values():
-                run.retries += 1
-            self._tell(message)
+        if kind in ("retried", "failing", "eased", "acknowledged"):
+            self._heard_of_requests(seat, message)
             return
         if kind == "encoded":
             seat.encoding = False
+            self._answer(self._schedule.encoded(message["task"]))
             return
         task = seat.tasks.pop(message["task"])
         if kind == "done":
@@ -244,6 +250,35 @@ class Service:
             self._answer(self._schedule.done(task, message["data"]))
         else:
             self._answer(self._schedule.failed(task, errors.from_json(message["data"])))
+
+    def _heard_of_requests(self, seat: Seat, message: dict[str, Any]) -> None:
+        kind, number = message["op"], message["job"]
+        if kind == "retried":
+            self._tell({"op": "retried", "data": message["data"]})
+        run = self._schedule.runs.get(number)
+        if run is None:
+            return
+        if kind == "retried":
+            run.retries += 1
+            run.clock.last = StoreRetried(**message["data"])
+        elif kind == "failing":
+            run.clock.fails(seat.pid, message["sent_s"])
+        elif kind == "eased":
+            run.clock.eases(seat.pid)
+        else:
+            run.clock.acknowledges(time.monotonic())
+        self._look()
+
+    def _look(self) -> None:
+        for ended in self._schedule.look(time.monotonic()):
+            self._answer(ended)
+
+    def _give_up(self, job: SaveJob) -> None:
+        """Whoever still sends something of a save that failed need not try again."""
+        for seat in self._seats:
+            if any(task.run.job is job for task in seat.tasks.values()):
+                seat.tell({"op": "give_up", "job": job.number})
+                self._seats.watch(seat)
 
     def _progress(self, task: Task, data: dict[str, Any]) -> None:
         if task.kind == "shard":
@@ -277,6 +312,8 @@ class Service:
     def _replace(self, seat: Seat, reason: str) -> None:
         tasks = list(seat.tasks.values())
         self._seats.dismiss(seat)
+        for run in self._schedule.runs.values():
+            run.clock.eases(seat.pid)
         if tasks:
             self._tell({"op": "worker_replaced", "reason": f"worker {seat.pid} {reason}"})
         for task in reversed(tasks):

@@ -5,6 +5,7 @@ import ctypes
 import json
 import mmap
 import os
+import queue
 import signal
 import socket
 import sys
@@ -28,23 +29,39 @@ from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import KeepRule, S3Options
 from asyncckpt.store.base import Store
+from asyncckpt.store.errand import Errand, within
 from asyncckpt.store.opening import open_store
 
 BEAT_S = 1.0
+_ACKNOWLEDGED_S = 0.25  # a save of many small shards need not tell of each
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
+_REMOVAL_S = 60.0  # for what a failed save stored; what stays is found by its missing record
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
 
 Reply = Callable[[int, str, dict[str, Any]], None]
 
 
 class TaskRunner:
-    """Runs tasks against one store. `reply(task, "done"|"failed"|"encoded", data)` is called from any thread."""
+    """Runs tasks against one store. `reply(task, "done"|"failed"|"encoded", data)` is called from any thread.
 
-    def __init__(self, store: Store, rules: Sequence[KeepRule], pipeline: Pipeline, reply: Reply) -> None:
+    `errand_of`: what the requests of a save belong to, so that they are given up together.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rules: Sequence[KeepRule],
+        pipeline: Pipeline,
+        reply: Reply,
+        errand_of: Callable[[SaveJob], Errand] = lambda _: Errand(),
+    ) -> None:
         self._store = store
+        self._errand_of = errand_of
+        self._errands: dict[int, tuple[Errand, int]] = {}  # by save, with how many tasks it has here
+        self._counting = threading.Lock()
         self._retention = Retention(store, rules)
         self._pipeline = pipeline
         self._reply = reply
@@ -62,6 +79,12 @@ class TaskRunner:
         for key in [key for key in self._plans if key[0] == number]:
             del self._plans[key]
 
+    def give_up(self, number: int) -> None:
+        """This save has failed: its requests are not tried again, and none is begun."""
+        errand, _ = self._errands.get(number, (None, 0))
+        if errand is not None:
+            errand.give_up()
+
     def plan(self, job: SaveJob) -> Plan:
         """The job's plan; computed once per structure, the same in every process."""
         return self._planned(job).plan
@@ -76,8 +99,10 @@ class TaskRunner:
 
     def shard(self, task: int, job: SaveJob, number: int, arena: memoryview) -> None:
         """Encode now, upload beside; replies `encoded`, later `done` or `failed`."""
+        errand = self._begin(job)
 
         def done(receipt: ShardReceipt | None, error: BaseException | None) -> None:
+            self._end(job)
             if receipt is not None:
                 self._reply(task, "done", receipt.to_json())
             elif error is not None:
@@ -85,9 +110,12 @@ class TaskRunner:
 
         try:
             layout = self.plan(job)
-            self._pipeline.put_shard(job, layout, layout.shards[number], arena, done)
+            shard = layout.shards[number]
         except Exception as error:  # noqa: BLE001 - every failure is the task's answer
-            self._fail(task, job, error)
+            done(None, error)
+        else:
+            store = self._store.on(errand)
+            self._pipeline.put_shard(job, layout, shard, arena, done, store=store, stopped=lambda: errand.given_up)
         self._reply(task, "encoded", {})
 
     def commit(
@@ -102,12 +130,19 @@ class TaskRunner:
     ) -> None:
         """Write state, index and record. `again`: a worker died over it."""
 
-        def work() -> dict[str, Any]:
+        def work(errand: Errand) -> dict[str, Any]:
             builder = self._planned(job)
             layout = builder.plan
             digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.piece_count])
             outcome = commit.commit(
-                self._store, job, builder, receipts=receipts, digests=digests, state=state, again=again
+                self._store.on(errand),
+                job,
+                builder,
+                receipts=receipts,
+                digests=digests,
+                state=state,
+                again=again,
+                sleep=errand.sleep,
             )
             return outcome.to_json()
 
@@ -116,10 +151,11 @@ class TaskRunner:
     def check(self, task: int, job: SaveJob) -> None:
         """Is the step taken, or the folder another run's?"""
 
-        def work() -> dict[str, Any]:
-            taken = commit.exists(self._store, job)
+        def work(errand: Errand) -> dict[str, Any]:
+            store = self._store.on(errand)
+            taken = commit.exists(store, job)
             if job.newcomer:
-                admit(self._store, job.step, restored=job.restored, run_id=job.attempt.partition("-")[0])
+                admit(store, job.step, restored=job.restored, run_id=job.attempt.partition("-")[0])
             if taken and job.on_exists == "raise":
                 raise errors.CheckpointConflictError(
                     "the step exists already, written by another attempt", step=job.step, attempt=job.attempt
@@ -129,10 +165,10 @@ class TaskRunner:
         self._beside(task, job, work)
 
     def abandon(self, task: int, job: SaveJob) -> None:
-        """Remove what the attempt stored."""
+        """Remove what the attempt stored, within a minute."""
 
-        def work() -> dict[str, Any]:
-            removal.abandon(self._store, job.step, job.attempt)
+        def work(_: Errand) -> dict[str, Any]:
+            removal.abandon(self._store.on(within(_REMOVAL_S)), job.step, job.attempt)
             return {}
 
         self._beside(task, job, work)
@@ -140,19 +176,38 @@ class TaskRunner:
     def retain(self, task: int, job: SaveJob) -> None:
         """Apply the rules of retention."""
 
-        def work() -> dict[str, Any]:
+        def work(_: Errand) -> dict[str, Any]:
             return self._retention.retain(committed=job.step, lineage=job.lineage).to_json()
 
         self._beside(task, job, work)
 
-    def _beside(self, task: int, job: SaveJob, work: Callable[[], dict[str, Any]]) -> None:
+    def _beside(self, task: int, job: SaveJob, work: Callable[[Errand], dict[str, Any]]) -> None:
+        errand = self._begin(job)
+
         def run() -> None:
             try:
-                self._reply(task, "done", work())
+                self._reply(task, "done", work(errand))
             except Exception as error:  # noqa: BLE001 - every failure is the task's answer
                 self._fail(task, job, error)
+            finally:
+                self._end(job)
 
         self._pipeline.run(run)
+
+    def _begin(self, job: SaveJob) -> Errand:
+        """A task of this save begins here; `_end` must follow."""
+        with self._counting:
+            errand, tasks = self._errands.get(job.number, (None, 0))
+            if errand is None:
+                errand = self._errand_of(job)
+            self._errands[job.number] = (errand, tasks + 1)
+            return errand
+
+    def _end(self, job: SaveJob) -> None:
+        with self._counting:
+            errand, tasks = self._errands.pop(job.number)
+            if tasks > 1:
+                self._errands[job.number] = (errand, tasks - 1)
 
     def _fail(self, task: int, job: SaveJob, error: BaseException) -> None:
         if isinstance(error, errors.CheckpointError):
@@ -169,17 +224,32 @@ class _Worker:
         options = S3Options.from_json(hello["s3"]) if hello["s3"] else None
         store = open_store(hello["url"], options, progress=self.beat, on_retry=self._retried)
         pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
-        self._runner = TaskRunner(store, rules, pipeline, self._answer)
+        self._runner = TaskRunner(store, rules, pipeline, self._answer, self._errand)
         self._arenas: dict[int, mmap.mmap] = {}
+        self._shards: queue.SimpleQueue[Callable[[], None] | BaseException | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
-        while (messages := self._channel.receive()) is not None:
-            for message, fds in messages:
-                try:
-                    getattr(self, "_on_" + message["op"])(message, fds)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
+        """Encode shards; a thread hears the messages, since one of them may end a save whose encoder waits for its uploads."""
+        threading.Thread(target=self._hear, name="asyncckpt-ear", daemon=True).start()
+        while (work := self._shards.get()) is not None:
+            if isinstance(work, BaseException):
+                raise work
+            work()
+            del work  # it leads to a view of the arena
+
+    def _hear(self) -> None:
+        try:
+            while (messages := self._channel.receive()) is not None:
+                for message, fds in messages:
+                    try:
+                        getattr(self, "_on_" + message["op"])(message, fds)
+                    finally:
+                        for fd in fds:
+                            os.close(fd)
+        except BaseException as error:  # noqa: BLE001 - raised on the main thread, which ends the process
+            self._shards.put(error)
+        else:
+            self._shards.put(None)
 
     def beat(self) -> None:
         now = time.monotonic()
@@ -196,6 +266,9 @@ class _Worker:
     def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
         self._arenas[message["arena"]] = mmap.mmap(fds[0], message["bytes"])
 
+    def _on_give_up(self, message: dict[str, Any], _: list[int]) -> None:
+        self._runner.give_up(message["job"])
+
     def _on_rest(self, _: dict[str, Any], __: list[int]) -> None:
         _give_back_freed_memory()
 
@@ -208,7 +281,8 @@ class _Worker:
     def _on_task(self, message: dict[str, Any], fds: list[int]) -> None:
         task, job = message["task"], SaveJob.from_json(message["job"])
         if message["kind"] == "shard":
-            self._runner.shard(task, job, message["shard"], memoryview(self._arenas[job.arena]))
+            arena = memoryview(self._arenas[job.arena])
+            self._shards.put(lambda: self._runner.shard(task, job, message["shard"], arena))
         elif message["kind"] == "commit":
             receipts = [ShardReceipt.from_json(row) for row in message["receipts"]]
             arena, state = memoryview(self._arenas[job.arena]), read_memory_file(fds[0])
@@ -217,12 +291,33 @@ class _Worker:
             getattr(self._runner, message["kind"])(task, job)
 
     def _answer(self, task: int, kind: str, data: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
-            self._channel.send({"op": kind, "task": task, "data": data})
+        self._tell(kind, task=task, data=data)
 
-    def _retried(self, event: StoreRetried) -> None:
+    def _retried(self, event: StoreRetried, number: int | None = None) -> None:
         data = {name: getattr(event, name) for name in StoreRetried.__slots__}
-        self._answer(-1, "retried", data)
+        self._tell("retried", job=number, data=data)
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
+            self._channel.send({"op": kind, **facts})
+
+    def _errand(self, job: SaveJob) -> Errand:
+        """One that tells the service how it goes: the service has the clock, for all workers."""
+        number, told_s = job.number, -BEAT_S
+
+        def acknowledged() -> None:
+            nonlocal told_s
+            now_s = time.monotonic()
+            if now_s - told_s >= _ACKNOWLEDGED_S:
+                told_s = now_s
+                self._tell("acknowledged", job=number)
+
+        return Errand(
+            failing=lambda sent_s: self._tell("failing", job=number, sent_s=sent_s),
+            eased=lambda: self._tell("eased", job=number),
+            acknowledged=acknowledged,
+            retried=lambda event: self._retried(event, number),
+        )
 
 
 def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepRule], service_pid: int) -> None:
