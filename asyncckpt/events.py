@@ -97,6 +97,26 @@ class StoreRetried(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StoreAway(Event):
+    """The store has not answered for so long, though something is asked of it; said after ten seconds, and then every minute.
+
+    `error`: the last failure, empty where requests hang. `left_s`: until the first of what waits for it is given up.
+    """
+
+    since_s: float
+    error: str
+    saves_in_flight: int
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBack(Event):
+    """A store that was away answers again."""
+
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReplaced(Event):
     """A worker died or hung, and another took its task; or it got no core, and the next ones yield less."""
 

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
+from asyncckpt.store.away import Outage, line
 
 _LOG = logging.getLogger("asyncckpt")
 
@@ -63,10 +64,14 @@ class Launcher:
         hooks: events.Hooks,
         arrival: Arrival,
         *,
+        url: str,
         choice: CodecChoice,
         pending: int,
         shared: bool,
     ) -> None:
+        self._url = url
+        self._outage = Outage()
+        self._waits = True
         self.overlap: bool | None = None
         self.pending = pending
         self.arrival = arrival
@@ -95,6 +100,7 @@ class Launcher:
         """
         save = self._ledger.new(request.step, started_s)
         arena: Arena | None = None
+        self._waits = wait
         try:
             self.arrival.begin(request.step)
             if wait:
@@ -104,8 +110,14 @@ class Launcher:
             planned = self._planner.next(flat.structure)
             if (arena := self._take(planned.plan)) is None:
                 return None
-            self.arrival.admit(request.step)
+            nowhere = self.arrival.admit(request.step)
             self._ledger.open(save)
+            if (
+                nowhere is not None
+            ):  # an outage at the start ends no training: this save fails, and the next looks again
+                self._arenas.give_back(arena)
+                self._ledger.conclude(save, None, nowhere)
+                return save
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)
             self._copier.copy(
@@ -201,7 +213,23 @@ class Launcher:
                 "Delete them by hand, or with Run(url).rewind(step), if nobody needs them",
                 ", ".join(map(str, event.steps)),
             )
+        elif isinstance(event, events.StoreAway | events.StoreBack):
+            if not self._outage.is_news(event, time.monotonic()):
+                return
+            if isinstance(event, events.StoreAway):
+                event = replace(event, saves_in_flight=len(self._flights))
+            _LOG.warning("%s", line(self._url, event, self._meanwhile()))
+        elif isinstance(event, events.ShardStored):
+            self._outage.answered(time.monotonic())
         self._hooks(event)
+
+    def _meanwhile(self) -> str:
+        """What training does in an outage."""
+        busy = self._arenas.in_flight
+        if busy < self.pending:
+            return "training goes on"
+        waits = "save() waits" if self._waits else "save() stores nothing"
+        return f"{waits}: {busy} of {self.pending} snapshots in flight"
 
     def _new_foreign(self, event: events.ForeignCheckpoints) -> events.ForeignCheckpoints:
         """What no other worker told before."""

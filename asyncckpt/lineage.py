@@ -82,6 +82,7 @@ class Arrival:
         self._about = 0  # the step that the look is for
         self._answered = False
         self._conflict: errors.CheckpointConflictError | None = None
+        self._nowhere: errors.StoreNotFoundError | None = None
 
     @property
     def newcomer(self) -> bool:
@@ -113,18 +114,23 @@ class Arrival:
             return
         self._thread = thread
 
-    def admit(self, step: int) -> None:
+    def admit(self, step: int) -> errors.StoreNotFoundError | None:
         """Wait for the answer; `CheckpointConflictError` if another run's checkpoints stand above the step.
 
-        Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits.
+        Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits. Returns an error if
+        there is no such store: then the save fails, and the next one looks again.
         """
-        if self._settled or not self._is_told(0 if self._waited else self._wait_s):
-            return
+        if self._settled or not self._is_told(0 if self._waited else self._wait_s + _HURRY_S):
+            return None
+        nowhere, self._nowhere = self._nowhere, None
+        if nowhere is not None:
+            self._thread = None
+            return nowhere.at(step=step)
         if self._answered and self._about != step and not self._adopt:
             self._conflict = self._thread = None  # the look was for another save, which came to nothing
             self.begin(step)
             if not self._is_told(self._wait_s):
-                return
+                return None
         conflict, self._conflict = self._conflict, None
         if conflict is not None:
             self._thread, self._waited = None, False  # the next save looks again: the user may have rewound
@@ -133,6 +139,7 @@ class Arrival:
             self._settled = True
         elif self._adopt:
             self._thread = None  # the next save asks again, and does not wait
+        return None
 
     def committed(self) -> None:
         """A checkpoint of this Saver stands."""
@@ -162,6 +169,8 @@ class Arrival:
                     admit(store, step, restored=self.restored)
         except errors.CheckpointConflictError as error:
             self._conflict = error
+        except errors.StoreNotFoundError as error:
+            self._nowhere = error
         except Exception:  # noqa: BLE001 - the save itself meets the same store, and tells
             return
         self._answered = True

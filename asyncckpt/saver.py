@@ -38,7 +38,7 @@ from asyncckpt.options import (
     check_rules,
 )
 from asyncckpt.request import Config, SaveRequest
-from asyncckpt.restore import Restored, restore_from, set_aside, take_back
+from asyncckpt.restore import Restored, reading_waits, restore_from, set_aside, take_back
 from asyncckpt.save import Ledger, Save
 from asyncckpt.state import replicas
 from asyncckpt.state.batches import begin, has_place
@@ -117,7 +117,7 @@ class Saver:
         self._custom = store if isinstance(store, Store) else None
         self._s3 = store if isinstance(store, S3Options) else None
         self._engine_name = choose_engine(self.url, engine, in_process=self._custom is not None)
-        self._store = self._custom or open_store(self.url, self._s3, on_retry=self._retried)
+        self._store = self._custom or open_store(self.url, self._s3, on_retry=self._retried, on_away=self._away)
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._ledger = Ledger(self._hooks, max_failed_saves)
@@ -127,6 +127,7 @@ class Saver:
             self._ledger,
             self._hooks,
             Arrival(self._root, self._opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
+            url=self.url,
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
             shared=self._engine_name == "service",
@@ -267,9 +268,8 @@ class Saver:
     def close(self, timeout: float | None = None) -> None:
         """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before.
 
-        A save that the store keeps from progress fails at `RetryPolicy.deadline_s`, and this returns within two seconds behind it: the
-        service removes what failed saves stored, and what retention does not keep, by itself. `TimeoutError` after `timeout` seconds: then
-        the Saver is closed too, and the service finishes the saves (the in-process engine as long as this process lives).
+        Where the store is away, saves fail at `RetryPolicy.deadline_s`, and this returns within two seconds: the service removes what they
+        stored. `TimeoutError` after `timeout` seconds: the Saver is closed too, and the service finishes the saves.
         """
         self._check_process()
         if self._closed:
@@ -347,13 +347,17 @@ class Saver:
             options = options or S3Options()
             retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, options.retry.first_contact_s))
             options = replace(options, retry=retry)
-        return closing(open_store(self.url, options, on_retry=self._hooks))
+        return closing(open_store(self.url, options, on_retry=self._hooks, on_away=self._launcher.event))
 
     def _retried(self, event: events.StoreRetried) -> None:
         if isinstance(self._launcher._engine, InlineEngine):
             self._launcher._engine.retried(event)
         else:
             self._hooks(event)
+
+    def _away(self, event: events.StoreAway | events.StoreBack) -> None:
+        inline = isinstance(self._launcher._engine, InlineEngine)
+        (self._launcher.event if inline else reading_waits(self.url, self._hooks))(event)
 
     def _leave(self, *, finish: bool = True) -> None:
         """Hand over what is staged and go; the in-process engine must `finish` first, where this process may end."""

@@ -19,6 +19,8 @@ from asyncckpt.engine.submitted import Listener, Submitted, parting_s
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
 from asyncckpt.options import RetryPolicy
+from asyncckpt.store.away import meet
+from asyncckpt.store.opening import address_of
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
@@ -234,9 +236,6 @@ class ServiceEngine:
             self._answered(message["job"], outcome, error)
         elif kind == "stored":
             self._listener.event(events.ShardStored(**message["data"]))
-        elif kind == "retried":
-            self._store_fails = True
-            self._listener.event(events.StoreRetried(**message["data"]))
         elif kind == "worker_replaced":
             self._listener.event(events.WorkerReplaced(message["reason"]))
         elif kind == "parted":  # it heard that we go, and finishes alone
@@ -245,6 +244,21 @@ class ServiceEngine:
             self._listener.event(events.CheckpointsRemoved(tuple(message["steps"])))
         elif kind == "foreign":
             self._listener.event(events.ForeignCheckpoints(tuple(message["steps"])))
+        else:
+            self._heard_of_store(kind, message)
+
+    def _heard_of_store(self, kind: str, message: dict[str, Any]) -> None:
+        if kind == "retried":
+            self._store_fails = True
+            self._listener.event(events.StoreRetried(**message["data"]))
+        elif kind == "away":
+            self._store_fails = True
+            facts = {name: message[name] for name in events.StoreAway.__slots__}
+            self._listener.event(events.StoreAway(**facts))
+        elif kind == "back":
+            self._listener.event(events.StoreBack(message["after_s"]))
+        elif kind == "met":  # a service that follows this one must not take an outage for a wrong address
+            meet(address_of(self._options.url, self._options.s3))
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

@@ -36,7 +36,11 @@ class SaveClock:
 
     def ran_out(self, now_s: float) -> bool:
         """Whether it is time to give the save up."""
-        return bool(self.failing) and now_s - self.since_s >= self.deadline_s
+        return self.left_s(now_s) <= 0
+
+    def left_s(self, now_s: float) -> float:
+        """Until then, if nothing gets better: a request that hangs fails in the end."""
+        return self.deadline_s - (now_s - self.since_s if self.failing else 0.0)
 
     def error(self, now_s: float, step: int) -> errors.DeadlineExceededError:
         """Why the save is given up."""

@@ -240,6 +240,9 @@ class Service:
         if kind in ("retried", "failing", "eased", "acknowledged"):
             self._heard_of_requests(seat, message)
             return
+        if kind in ("met", "away", "back"):
+            self._heard_of_store(message)
+            return
         if kind == "encoded":
             seat.encoding = False
             self._answer(self._schedule.encoded(message["task"]))
@@ -268,6 +271,17 @@ class Service:
         else:
             run.clock.acknowledges(time.monotonic())
         self._look()
+
+    def _heard_of_store(self, message: dict[str, Any]) -> None:
+        if message["op"] == "met":
+            self._hello["met"] = True
+        elif message["op"] == "away":
+            now_s = time.monotonic()
+            runs = [run for run in self._schedule.runs.values() if not run.answered]
+            ends = [run.clock.left_s(now_s) for run in runs]
+            ends += [message["left_s"]] if message["left_s"] is not None else []
+            message |= {"saves_in_flight": len(runs), "left_s": min(ends, default=0.0)}
+        self._tell(message)
 
     def _look(self) -> None:
         for ended in self._schedule.look(time.monotonic()):

@@ -18,6 +18,8 @@ from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.job import rules_to_json
 from asyncckpt.engine.wire import Channel, Message, pair
 from asyncckpt.options import EngineName, KeepRule, S3Options
+from asyncckpt.store.away import AWAY_S, is_met
+from asyncckpt.store.opening import address_of
 
 _BOOTSTRAP = """\
 import sys, json, importlib.util
@@ -45,7 +47,8 @@ class EngineOptions:
     `nice`: how far workers yield to the trainer: at 10 a main loop keeps 0.83 of a core that it shares with a worker (an
     encoder and an upload at once), at 15 0.94, at 19 0.97. `hang_s`: a busy worker that gives no sign of life for this long
     is replaced; `starved_s`: one that does little but wait for a core so long is followed by one that yields less.
-    `silent_s`: likewise a service with saves in flight; it speaks nine times as often.
+    `silent_s`: likewise a service with saves in flight; it speaks nine times as often. `away_s`: a store that answers nobody for this long is
+    said to be away.
     """
 
     url: str
@@ -56,6 +59,7 @@ class EngineOptions:
     hang_s: float = 60.0
     starved_s: float = 15.0
     silent_s: float = 90.0
+    away_s: float = AWAY_S
 
 
 class ServiceProcess:
@@ -148,11 +152,13 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
     return {
         "url": options.url,
         "s3": options.s3.to_json() if options.s3 else None,
+        "met": is_met(address_of(options.url, options.s3)),
         "workers": options.workers,
         "keep": rules_to_json(options.keep),
         "nice": options.nice,
         "hang_s": options.hang_s,
         "starved_s": options.starved_s,
+        "away_s": options.away_s,
         "alive_s": options.silent_s / SIGNS,
     }
 

@@ -23,14 +23,15 @@ from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
 from asyncckpt.engine.retention import Retention
 from asyncckpt.engine.wire import Channel, read_memory_file
-from asyncckpt.events import StoreRetried
+from asyncckpt.events import StoreAway, StoreBack, StoreRetried
 from asyncckpt.format.digest import DIGEST_BYTES
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import KeepRule, S3Options
+from asyncckpt.store.away import is_met, meet
 from asyncckpt.store.base import Store
 from asyncckpt.store.errand import Errand, within
-from asyncckpt.store.opening import open_store
+from asyncckpt.store.opening import address_of, open_store
 
 BEAT_S = 1.0
 _ACKNOWLEDGED_S = 0.25  # a save of many small shards need not tell of each
@@ -222,7 +223,18 @@ class _Worker:
         self._channel = channel
         self._beat_at = 0.0
         options = S3Options.from_json(hello["s3"]) if hello["s3"] else None
-        store = open_store(hello["url"], options, progress=self.beat, on_retry=self._retried)
+        self._address = address_of(hello["url"], options)
+        if hello["met"]:
+            meet(self._address)
+        store = open_store(
+            hello["url"],
+            options,
+            progress=self.beat,
+            on_retry=self._retried,
+            on_away=self._away,
+            on_meet=lambda: self._tell("met"),
+            away_s=hello["away_s"],
+        )
         pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
         self._runner = TaskRunner(store, rules, pipeline, self._answer, self._errand)
         self._arenas: dict[int, mmap.mmap] = {}
@@ -296,6 +308,13 @@ class _Worker:
     def _retried(self, event: StoreRetried, number: int | None = None) -> None:
         data = {name: getattr(event, name) for name in StoreRetried.__slots__}
         self._tell("retried", job=number, data=data)
+
+    def _away(self, event: StoreAway | StoreBack) -> None:
+        if isinstance(event, StoreAway):
+            left_s = None if is_met(self._address) else event.left_s  # behind the first contact the saves have clocks
+            self._tell("away", since_s=event.since_s, error=event.error, left_s=left_s)
+        else:
+            self._tell("back", after_s=event.after_s)
 
     def _tell(self, kind: str, **facts: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it

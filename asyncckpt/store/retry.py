@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import tenacity
 
@@ -17,10 +17,12 @@ from asyncckpt.errors import (
     ObjectNotFoundError,
     ResourceLimitError,
     StoreError,
+    StoreNotFoundError,
     TransientStoreError,
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
+from asyncckpt.store.away import Contact
 from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version
 from asyncckpt.store.errand import Errand
 
@@ -49,6 +51,7 @@ class RetryingStore(Store):
         on_retry: Told of every retry; called on the thread that retries.
         uniform: Draws a wait from two bounds.
         errand: What the requests are for; it is given up as a whole, and then they have no deadline of their own.
+        contact: Hears of every request, and knows whether anybody ever answered there.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class RetryingStore(Store):
         on_retry: Callable[[StoreRetried], None] | None = None,
         uniform: Callable[[float, float], float] | None = None,
         errand: Errand | None = None,
+        contact: Contact | None = None,
     ) -> None:
         self._inner = inner
+        self._contact = contact
         self._policy = policy or RetryPolicy()
         self._errand = errand
         self._clock = clock
@@ -111,6 +116,7 @@ class RetryingStore(Store):
             on_retry=self._on_retry,
             uniform=self._uniform,
             errand=errand,
+            contact=self._contact,
         )
 
     def head(self, key: str) -> Entry | None:
@@ -181,6 +187,8 @@ class RetryingStore(Store):
         self._try("delete", names[0] if names else "", lambda: self._inner.delete(names))
 
     def close(self) -> None:
+        if self._contact is not None:
+            self._contact.close()
         self._inner.close()
 
     def _acknowledged(self) -> None:
@@ -195,6 +203,18 @@ class RetryingStore(Store):
         errand = self._errand if deadline_s is None else None
         if errand is not None and errand.given_up:
             raise _never_sent(operation, key)
+        contact = self._contact
+        if contact is None:
+            return self._try_in_time(operation, key, call, errand, deadline_s)
+        ticket = contact.asks()
+        try:
+            return self._try_in_time(operation, key, lambda: _told(contact, call), errand, deadline_s)
+        finally:
+            contact.ends(ticket)
+
+    def _try_in_time(
+        self, operation: str, key: str, call: Callable[[], T], errand: Errand | None, deadline_s: float | None
+    ) -> T:
         began_s = self._clock()
         try:
             return (
@@ -212,10 +232,15 @@ class RetryingStore(Store):
             errand.ends()
 
     def _try_again(self, trial: "_Trial[T]", end_s: float, is_given_up: Callable[[], bool]) -> T:
+        first_end_s = min(end_s, trial.began_s + self._policy.first_contact_s)
+
+        def left_s() -> float:
+            return (first_end_s if self._finds_nobody(trial) else end_s) - self._clock()
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TransientStoreError),
-            stop=lambda _: is_given_up() or self._clock() >= end_s,
-            wait=lambda state: min(self._wait_s(state.attempt_number), max(end_s - self._clock(), 0.0)),
+            stop=lambda _: is_given_up() or left_s() <= 0,
+            wait=lambda state: min(self._wait_s(state.attempt_number), max(left_s(), 0.0)),
             sleep=self._sleep_alive,
             before_sleep=lambda state: self._tell(trial, state),
         )
@@ -223,12 +248,18 @@ class RetryingStore(Store):
             return retrying(lambda: trial.again(is_given_up()))
         except tenacity.RetryError:
             took_s = self._clock() - trial.began_s
+            if self._finds_nobody(trial) and self._clock() >= first_end_s:
+                raise _nobody(trial, took_s) from trial.last
             late = DeadlineExceededError(
                 f"{trial.operation} failed for {took_s:.0f} s, {trial.tries} tries; the last said: {trial.last}",
                 key=trial.key,
             )
             late.unanswered = trial.last.unanswered
             raise late from trial.last
+
+    def _finds_nobody(self, trial: "_Trial[T]") -> bool:
+        """Whether this is first contact, and nobody is found there: rather a wrong address than an outage."""
+        return self._contact is not None and trial.last.unreached and not self._contact.is_met
 
     def _wait_s(self, tries: int) -> float:
         bound_s = min(self._policy.first_wait_s * 2.0 ** min(tries - 1, 60), self._policy.max_wait_s)
@@ -272,6 +303,26 @@ class _Trial(Generic[T]):
             if isinstance(error, TransientStoreError):
                 self.last = error
             raise
+
+
+def _told(contact: Contact, call: Callable[[], T]) -> T:
+    """The answer of one try, of which the contact hears."""
+    try:
+        answer = call()
+    except StoreError as error:
+        contact.fails(error)
+        raise
+    contact.answers()
+    return answer
+
+
+def _nobody(trial: _Trial[Any], took_s: float) -> StoreNotFoundError:
+    return StoreNotFoundError(
+        f"nobody answers there, and nobody ever did: {trial.tries} tries of {trial.operation} in {took_s:.0f} s; the last said: {trial.last.message}; "
+        "check the endpoint (S3Options(endpoint_url=...), AWS_ENDPOINT_URL_S3), the network and the proxy. If the store only starts "
+        "later than this, raise RetryPolicy.first_contact_s",
+        key=trial.key,
+    )
 
 
 def _never_sent(operation: str, key: str) -> DeadlineExceededError:

@@ -1,5 +1,9 @@
 """The store goes away in the middle of a save and comes back."""
 
+import logging
+import os
+import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -9,7 +13,8 @@ import torch
 import asyncckpt
 from asyncckpt import KeepLast, RetryPolicy, Run, S3Options, Saver, errors, events
 from tests.processes import PATIENCE_S, alive, eventually
-from tests.trainers import FAST, s3
+from tests.proxy import Proxy
+from tests.trainers import FAST, TunedSaver, s3
 from tests.training import Training, assert_same
 
 
@@ -138,3 +143,52 @@ def test_close_with_a_timeout_ends_in_time_and_the_save_goes_on_without_the_save
     proxy.down = False
     with Run(s3_url, store=s3(proxy.url)) as run:
         eventually(lambda: run.latest().step == 2, "it is committed")
+
+
+def test_an_outage_is_told_while_save_waits_and_when_it_is_over(proxy, s3_url, caplog):
+    seen = []
+    saver = TunedSaver(s3_url, store=s3(proxy.url), hooks=[seen.append], engine_options={"away_s": 0.5})
+    with caplog.at_level(logging.WARNING, "asyncckpt"), saver:
+        saver.save(1, groups(1)).result(PATIENCE_S)
+        proxy.down = True
+        saver.save(2, groups(1))
+        waiting = threading.Thread(target=saver.save, args=(3, groups(1)))  # its arena is taken
+        waiting.start()
+        eventually(lambda: [event for event in seen if isinstance(event, events.StoreAway)], "the outage is told")
+        assert waiting.is_alive()
+        proxy.down = False
+        waiting.join(PATIENCE_S)
+    away, back = (record.getMessage() for record in caplog.records)
+    assert away.startswith(f"cannot reach {s3_url}: no answer for 1 s; retrying until ")
+    assert "save() waits: 1 of 1 snapshots in flight" in away
+    assert back.startswith(f"{s3_url} answers again, after ")
+    (told,) = [event for event in seen if isinstance(event, events.StoreAway)]
+    assert told.saves_in_flight == 1
+    assert 40 < told.left_s <= FAST.deadline_s
+
+
+def test_at_a_wrong_address_each_save_fails_in_time_and_training_goes_on(s3_url):
+    nowhere = replace(s3("http://127.0.0.1:9"), retry=replace(FAST, first_contact_s=0.3))
+    saver = Saver(s3_url, store=nowhere)
+    began_s = time.monotonic()
+    for step in (1, 2):
+        with pytest.raises(errors.StoreNotFoundError, match=r"127\.0\.0\.1:9.*check the endpoint"):
+            saver.save(step, groups(1)).result(PATIENCE_S)
+    saver.close()
+    assert time.monotonic() - began_s < 15
+
+
+def test_a_restarted_service_is_not_at_first_contact(s3_bucket, moto_endpoint):
+    """Nobody listens at the address for a while, which would be a wrong address to somebody who never had an answer."""
+    with Proxy(moto_endpoint) as proxy:
+        port = int(proxy.url.rpartition(":")[2])
+        store = replace(s3(proxy.url), retry=replace(FAST, first_contact_s=0.3))
+        saver = Saver(f"s3://{s3_bucket}/run", store=store)
+        saver.save(1, groups(1)).result(PATIENCE_S)
+    os.kill(saver._launcher._engine.pid, signal.SIGKILL)
+    save = saver.save(2, groups(1))
+    with pytest.raises(TimeoutError):
+        save.result(1.5)
+    with Proxy(moto_endpoint, port) as proxy:
+        assert save.result(PATIENCE_S).skipped is None
+        saver.close()
