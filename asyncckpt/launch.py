@@ -156,14 +156,14 @@ class Launcher:
         for arena in fresh:
             self._arenas.give_back(arena)
 
-    def close(self, *, wait: bool) -> None:
-        """End the engine and free the arenas; saves without an answer are finished by the service."""
+    def close(self, *, wait_s: float) -> None:
+        """End the engine, waiting so long at most, and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
             thread.join()
         self.arrival.close()
         self._copier.close()
         if self._engine is not None:
-            self._engine.close(wait=wait)
+            self._engine.close(wait_s=wait_s)
         left = [flight.arena for flight in list(self._flights.values())] if not self._shared else []
         for arena in self._arenas.all():
             self._copier.forget(arena)
@@ -277,7 +277,7 @@ class Launcher:
 
     def _engine_started(self) -> Engine:
         if self._engine is not None and self._engine.broken:
-            self._engine.close(wait=False)
+            self._engine.close(wait_s=0)
             self._engine = None
         if self._engine is None:
             try:

@@ -5,6 +5,7 @@
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -274,18 +275,19 @@ class Saver:
         self._check_process()
         if self._closed:
             return
+        end_s = math.inf if timeout is None else time.monotonic() + timeout
         try:
             self.wait(timeout)
         except TimeoutError:
             self._leave(finish=False)
             raise
         except Exception:
-            self._shut(wait=True)
+            self._shut(wait_s=end_s - time.monotonic())
             raise
         except BaseException:  # Ctrl-C: whoever is in a hurry does not wait for a slow store
             self._leave()
             raise
-        self._shut(wait=True)
+        self._shut(wait_s=end_s - time.monotonic())
 
     def __enter__(self) -> Self:
         return self
@@ -369,15 +371,15 @@ class Saver:
         elif in_flight := self._ledger.in_flight:
             steps = ", ".join(str(save.step) for save in in_flight)
             _LOG.warning("leaving while step(s) %s are on their way; the checkpoint service finishes them", steps)
-        self._shut(wait=finish and self._engine_name == "inline")
+        self._shut(wait_s=math.inf if finish and self._engine_name == "inline" else 0.0)
         for save in self._ledger.in_flight:
             reason = "the Saver was left while this save was on its way; the checkpoint service finishes it"
             self._ledger.forget(save, errors.CheckpointError(reason, step=save.step))
 
-    def _shut(self, *, wait: bool) -> None:
+    def _shut(self, *, wait_s: float) -> None:
         self._closed = True
         _savers.discard(self)
-        self._launcher.close(wait=wait)
+        self._launcher.close(wait_s=wait_s)
         if self._custom is None and not isinstance(self._launcher._engine, InlineEngine):  # which may need it longer
             self._store.close()
 

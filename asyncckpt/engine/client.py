@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import queue
 import select
 import threading
@@ -103,11 +104,10 @@ class ServiceEngine:
         """No later job names this structure."""
         self._forget("structure", number, self._told_structures)
 
-    def close(self, *, wait: bool = True) -> None:
-        """End the service. Saves that were handed over are finished first, also when this does not `wait` for them.
+    def close(self, *, wait_s: float = math.inf) -> None:
+        """End the service. Saves that were handed over are finished first, also when this does not wait for them.
 
-        What follows their answers (a removal, retention) is waited for a few seconds, and hardly at all while the store fails: the service
-        does it alone.
+        What follows their answers (a removal, retention) is waited for as `parting_s` says, and `wait_s` at most: the service does it alone.
         """
         self._announcements.put(None)
         self._announcer.join()
@@ -117,7 +117,7 @@ class ServiceEngine:
             self._service.hang_up()
         self._thread.join()
         retry = self._options.s3.retry if self._options.s3 else RetryPolicy()
-        self._service.part(parting_s(retry, store_fails=self._store_fails) if wait else 0)
+        self._service.part(max(0.0, min(wait_s, parting_s(retry, store_fails=self._store_fails))))
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, no more."""

@@ -5,6 +5,7 @@ keeps the GIL from the encoder, and it ends with the process.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -87,14 +88,14 @@ class InlineEngine:
         """No later job names this structure."""
         self._inbox.put(lambda: self._runner.forget_structure(number))
 
-    def close(self, *, wait: bool = True) -> None:
+    def close(self, *, wait_s: float = math.inf) -> None:
         """Finish what was handed over and end the threads, and the store if it is ours.
 
-        What follows the answers (a removal, retention) is waited for a few seconds, and hardly at all while the store fails. It goes on
-        then, as long as the process lives; so do the saves themselves if this does not `wait`.
+        What follows the answers (a removal, retention) is waited for as `parting_s` says, and `wait_s` at most. It goes on then, as long as
+        the process lives; so do the saves themselves.
         """
         self._inbox.put(None)
-        self._thread.join(parting_s(self._retry, store_fails=self._store_fails) if wait else 0)
+        self._thread.join(max(0.0, min(wait_s, parting_s(self._retry, store_fails=self._store_fails))))
 
     def close_in_child(self) -> None:
         """Nothing to let go of: threads do not cross a fork."""

@@ -9,7 +9,7 @@ from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.format.plan import Structure
 from asyncckpt.options import RetryPolicy
 
-_PARTING_S, _HURRY_S = 10.0, 1.0
+_PARTING_S, _HURRY_S = 60.0, 1.0
 
 
 @dataclass(slots=True)
