@@ -1,7 +1,7 @@
 """What happens, as frozen events through one hook.
 
 A hook is any callable that takes an event. Hooks run in the trainer, on one listener thread (restore: on the calling
-thread), and must be quick; an exception in one is logged and does not reach the training loop.
+thread; `StoreAway` and `StoreBack` of what is read there: on a thread that watches), and must be quick; an exception in one is logged and does not reach the training loop.
 """
 
 import logging

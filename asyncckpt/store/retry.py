@@ -79,7 +79,9 @@ class RetryingStore(Store):
         self.conditional_puts = inner.conditional_puts
         self.rereads = inner.rereads
         deadline_s = self._policy.deadline_s if inner.patience.deadline_s else 0.0
-        self.patience = replace(inner.patience, deadline_s=deadline_s, clock=clock, sleep=sleep)
+        self.patience = replace(
+            inner.patience, deadline_s=deadline_s, clock=clock, sleep=sleep if errand is None else errand.sleep
+        )
         self.min_part_bytes = inner.min_part_bytes
         self.max_put_bytes = inner.max_put_bytes
         self.max_parts = inner.max_parts
@@ -101,17 +103,17 @@ class RetryingStore(Store):
     @contextmanager
     def afresh(self) -> Iterator[Store]:
         with self._inner.afresh() as inner:
-            yield self._like(inner, self._errand, self._sleep)
+            yield self._like(inner, self._errand)
 
     def on(self, errand: Errand) -> Store:
-        return self._like(self._inner, errand, errand.sleep)
+        return self._like(self._inner, errand)
 
-    def _like(self, inner: Store, errand: Errand | None, sleep: Callable[[float], None]) -> "RetryingStore":
+    def _like(self, inner: Store, errand: Errand | None) -> "RetryingStore":
         return RetryingStore(
             inner,
             self._policy,
             clock=self._clock,
-            sleep=sleep,
+            sleep=self._sleep,
             progress=self._progress,
             on_retry=self._on_retry,
             uniform=self._uniform,
@@ -224,14 +226,17 @@ class RetryingStore(Store):
             trial = _Trial(operation, key, call, error, began_s)
         if errand is None:
             end_s = began_s + (self._policy.deadline_s if deadline_s is None else deadline_s)
-            return self._try_again(trial, end_s, lambda: False)
+            return self._try_again(trial, end_s, None)
         errand.fails(began_s)
         try:
-            return self._try_again(trial, math.inf, lambda: errand.given_up)
+            return self._try_again(trial, math.inf, errand)
         finally:
             errand.ends()
 
-    def _try_again(self, trial: "_Trial[T]", end_s: float, is_given_up: Callable[[], bool]) -> T:
+    def _try_again(self, trial: "_Trial[T]", end_s: float, errand: Errand | None) -> T:
+        def is_given_up() -> bool:
+            return errand is not None and errand.given_up
+
         first_end_s = min(end_s, trial.began_s + self._policy.first_contact_s)
 
         def left_s() -> float:
@@ -241,7 +246,7 @@ class RetryingStore(Store):
             retry=tenacity.retry_if_exception_type(TransientStoreError),
             stop=lambda _: is_given_up() or left_s() <= 0,
             wait=lambda state: min(self._wait_s(state.attempt_number), max(left_s(), 0.0)),
-            sleep=self._sleep_alive,
+            sleep=lambda wait_s: self._sleep_alive(wait_s, errand),
             before_sleep=lambda state: self._tell(trial, state),
         )
         try:
@@ -265,10 +270,10 @@ class RetryingStore(Store):
         bound_s = min(self._policy.first_wait_s * 2.0 ** min(tries - 1, 60), self._policy.max_wait_s)
         return self._uniform(0.0, bound_s)
 
-    def _sleep_alive(self, wait_s: float) -> None:
-        while wait_s > 0:
+    def _sleep_alive(self, wait_s: float, errand: Errand | None) -> None:
+        while wait_s > 0 and not (errand is not None and errand.given_up):
             self._progress()
-            self._sleep(min(wait_s, _SLICE_S))
+            (self._sleep if errand is None else errand.sleep)(min(wait_s, _SLICE_S))
             wait_s -= _SLICE_S
         self._progress()
 

@@ -156,7 +156,11 @@ def test_every_order_of_a_save_that_may_be_given_up_ends_in_one_answer():
             assert (ended.outcome is None) != (ended.error is None), walk.kinds
             kinds = [kind for kind, _ in walk.kinds]
             committed = ("commit", "done") in walk.kinds
-            if committed or {("commit", "worker died"), ("commit", "nobody knows")} & set(walk.kinds) or isinstance(ended.error, errors.CommitUnknownError):
+            if (
+                committed
+                or {("commit", "worker died"), ("commit", "nobody knows")} & set(walk.kinds)
+                or isinstance(ended.error, errors.CommitUnknownError)
+            ):
                 assert "abandon" not in kinds, walk.kinds
             else:
                 assert [kind for kind, what in walk.kinds if what != "worker died"][-1] == "abandon", walk.kinds
