@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.admission import admit, newest_lineage
+from asyncckpt.format import keys
 from asyncckpt.store.base import PerStore, Store
 from asyncckpt.store.opening import parse_url
 
@@ -125,6 +126,7 @@ class Arrival:
         nowhere, self._nowhere = self._nowhere, None
         if nowhere is not None:
             self._thread = None
+            nowhere.key = nowhere.key or keys.record_key(step)
             return nowhere.at(step=step)
         if self._answered and self._about != step and not self._adopt:
             self._conflict = self._thread = None  # the look was for another save, which came to nothing
