@@ -14,12 +14,13 @@ from asyncckpt.engine.spawn import EngineOptions, choose_engine, say_in_process
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.engine.wire import REFUSED
 from asyncckpt.options import EngineName, KeepRule, S3Options
+from asyncckpt.restore import reading_waits
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
 
 
 class Backing:
-    """`engine_name`: which engine there is, or will be."""
+    """`engine_name`: which engine there is, or will be. `listener`: who hears of a store that is away."""
 
     def __init__(
         self,
@@ -36,8 +37,9 @@ class Backing:
         self._hooks = hooks
         self._chosen = engine
         self._inline: InlineEngine | None = None
+        self.listener: Listener | None = None
         self.engine_name = choose_engine(url, engine, in_process=self._custom is not None)
-        self.store = self._custom or open_store(url, self.s3, on_retry=self._retried)
+        self.store = self._custom or open_store(url, self.s3, on_retry=self._retried, on_away=self._away)
 
     def start(
         self, options: EngineOptions, listener: Listener, next_attempt: Callable[[], str]
@@ -51,7 +53,8 @@ class Backing:
                     raise
                 say_in_process(f"the checkpoint service could not be started: {error.strerror}")
                 self.engine_name = "inline"
-        self._inline = InlineEngine(self.store, self._keep, listener)
+        retry = (self.s3 or S3Options()).retry
+        self._inline = InlineEngine(self.store, self._keep, listener, retry=retry, closes_store=self._custom is None)
         return self._inline
 
     def opened_to_look(self) -> AbstractContextManager[Store]:
@@ -63,11 +66,11 @@ class Backing:
             options = options or S3Options()
             retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, options.retry.first_contact_s))
             options = replace(options, retry=retry)
-        return closing(open_store(self._url, options, on_retry=self._hooks))
+        return closing(open_store(self._url, options, on_retry=self._hooks, on_away=self._told))
 
     def close(self) -> None:
-        """Close the store, unless it is the user's own."""
-        if self._custom is None:
+        """Close the store, unless it is the user's own, or the in-process engine's, which may need it for longer."""
+        if self._custom is None and self._inline is None:
             self.store.close()
 
     def _retried(self, event: events.StoreRetried) -> None:
@@ -75,3 +78,10 @@ class Backing:
             self._inline.retried(event)
         else:
             self._hooks(event)
+
+    def _away(self, event: events.StoreAway | events.StoreBack) -> None:
+        (self._told if self._inline is not None else reading_waits(self._url, self._hooks))(event)
+
+    def _told(self, event: events.StoreAway | events.StoreBack) -> None:
+        if self.listener is not None:
+            self.listener.event(event)

@@ -1,6 +1,7 @@
 """A Saver that nobody holds any more, as after a notebook's cell was run again: its saves are finished, then its service and its memory go."""
 
 import contextlib
+import math
 import os
 import threading
 
@@ -32,7 +33,7 @@ class Dropped:
         """Whoever holds a Save has its answer; a failure is an ERROR in the log."""
         for save in self._ledger.in_flight:
             save._ended.wait()
-        self._launcher.close(wait=True)
+        self._launcher.close(wait_s=math.inf)
         self._backing.close()
         _dropped.discard(self)
 

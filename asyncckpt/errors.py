@@ -125,9 +125,12 @@ class StoreError(CheckpointError):
 
     `unanswered`: a send of this request, this one or an earlier try, had no answer that says what became of it, so it may have
     taken effect or may still. False: whatever was sent was refused, or never left this host.
+    `status`: of the HTTP answer, 0 without one. `unreached`: nobody was found there: refused, an unknown host, no route.
     """
 
     unanswered = False
+    status = 0
+    unreached = False
 
 
 class TransientStoreError(StoreError):

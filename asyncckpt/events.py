@@ -1,7 +1,7 @@
 """What happens, as frozen events through one hook.
 
 A hook is any callable that takes an event. Hooks run in the trainer, on one listener thread (restore: on the calling
-thread), and must be quick; an exception in one is logged and does not reach the training loop.
+thread; `StoreAway` and `StoreBack` of what is read there: on a thread that watches), and must be quick; an exception in one is logged and does not reach the training loop.
 """
 
 from collections.abc import Callable
@@ -93,6 +93,26 @@ class StoreRetried(Event):
     tries: int
     wait_s: float
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAway(Event):
+    """The store has not answered for so long, though something is asked of it; said after ten seconds, and then every minute.
+
+    `error`: the last failure, empty where requests hang. `left_s`: until the first of what waits for it is given up.
+    """
+
+    since_s: float
+    error: str
+    saves_in_flight: int
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBack(Event):
+    """A store that was away answers again."""
+
+    after_s: float
 
 
 @dataclass(frozen=True, slots=True)

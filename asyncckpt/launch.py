@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
+from asyncckpt.store.away import Outage, line
 
 _LOG = logging.getLogger("asyncckpt")
 _TOLD_STEPS = 10  # of a warning about thousands
@@ -65,10 +66,14 @@ class Launcher:
         hooks: events.Hooks,
         arrival: Arrival,
         *,
+        url: str,
         choice: CodecChoice,
         pending: int,
         shared: bool,
     ) -> None:
+        self._url = url
+        self._outage = Outage()
+        self._waits = True
         self.overlap: bool | None = None
         self.pending = pending
         self.arrival = arrival
@@ -81,6 +86,7 @@ class Launcher:
         self._attempts = itertools.count(1)
         self._flattener = Flattener()
         self._copier = Copier()
+        self._shared = shared
         self._arenas = ArenaPool(pending, shared=shared)
         self._planner = Planner(choice, self._forgotten)
         self._flights: dict[int, _Flight] = {}
@@ -97,6 +103,7 @@ class Launcher:
         """
         save = self._ledger.new(request.step, started_s)
         arena: Arena | None = None
+        self._waits = wait
         try:
             self.arrival.begin(request.step)
             if wait:
@@ -106,8 +113,14 @@ class Launcher:
             planned = self._planner.next(flat.structure)
             if (arena := self._take(planned.plan)) is None:
                 return None
-            self.arrival.admit(request.step)
+            nowhere = self.arrival.admit(request.step)
             self._ledger.open(save)
+            if (
+                nowhere is not None
+            ):  # an outage at the start ends no training: this save fails, and the next looks again
+                self._arenas.give_back(arena)
+                self._ledger.conclude(save, None, nowhere)
+                return save
             engine = self._engine_started()
             flight = self._flights[save._number] = _Flight(save, arena, planned, request)
             self._copier.copy(
@@ -152,17 +165,19 @@ class Launcher:
         """Whether it holds anything that must be ended."""
         return self._engine is not None or bool(self._arenas.all())
 
-    def close(self, *, wait: bool) -> None:
-        """End the engine and free the arenas; saves without an answer are finished by the service."""
+    def close(self, *, wait_s: float) -> None:
+        """End the engine, waiting so long at most, and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
             thread.join()
-        self.arrival.close(wait=wait)
+        self.arrival.close()
         self._copier.close()
         if self._engine is not None:
-            self._engine.close(wait=wait)
+            self._engine.close(wait_s=wait_s)
+        left = [flight.arena for flight in list(self._flights.values())] if not self._shared else []
         for arena in self._arenas.all():
             self._copier.forget(arena)
-            arena.close()
+            if arena not in left:  # a service has a map of its own, the in-process engine reads this one
+                arena.close()
 
     def leave_in_child(self) -> None:
         """In a forked child: let go of descriptors and maps, wait for nothing."""
@@ -209,6 +224,14 @@ class Launcher:
             )
         if isinstance(event, events.RetentionFailed | events.LeftoversRemain) and self._is_new_cause(event):
             _LOG.warning("%s", _warning_of(event))
+        elif isinstance(event, events.StoreAway | events.StoreBack):
+            if not self._outage.is_news(event, time.monotonic()):
+                return
+            if isinstance(event, events.StoreAway):
+                event = replace(event, saves_in_flight=len(self._flights))
+            _LOG.warning("%s", line(self._url, event, self._meanwhile()))
+        elif isinstance(event, events.ShardStored):
+            self._outage.answered(time.monotonic())
         self._hooks(event)
 
     def _is_new_cause(self, event: events.RetentionFailed | events.LeftoversRemain) -> bool:
@@ -218,6 +241,14 @@ class Launcher:
         is_new = cause not in self._told_causes
         self._told_causes.add(cause)
         return is_new
+
+    def _meanwhile(self) -> str:
+        """What training does in an outage."""
+        busy = self._arenas.in_flight
+        if busy < self.pending:
+            return "training goes on"
+        waits = "save() waits" if self._waits else "save() stores nothing"
+        return f"{waits}: {busy} of {self.pending} snapshots in flight"
 
     def _new_foreign(self, event: events.ForeignCheckpoints) -> events.ForeignCheckpoints:
         """What no other worker told before."""
@@ -265,7 +296,7 @@ class Launcher:
 
     def _engine_started(self) -> Engine:
         if self._engine is not None and self._engine.broken:
-            self._engine.close(wait=False)
+            self._engine.close(wait_s=0)
             self._engine = None
         if self._engine is None:
             try:

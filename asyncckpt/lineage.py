@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.admission import admit, newest_lineage
+from asyncckpt.format import keys
 from asyncckpt.store.base import PerStore, Store
 from asyncckpt.store.opening import parse_url
 
@@ -82,6 +83,7 @@ class Arrival:
         self._about = 0  # the step that the look is for
         self._answered = False
         self._conflict: errors.CheckpointConflictError | None = None
+        self._nowhere: errors.StoreNotFoundError | None = None
 
     @property
     def newcomer(self) -> bool:
@@ -113,18 +115,24 @@ class Arrival:
             return
         self._thread = thread
 
-    def admit(self, step: int) -> None:
+    def admit(self, step: int) -> errors.StoreNotFoundError | None:
         """Wait for the answer; `CheckpointConflictError` if another run's checkpoints stand above the step.
 
-        Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits.
+        Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits. Returns an error if
+        there is no such store: then the save fails, and the next one looks again.
         """
-        if self._settled or not self._is_told(0 if self._waited else self._wait_s):
-            return
+        if self._settled or not self._is_told(0 if self._waited else self._wait_s + _HURRY_S):
+            return None
+        nowhere, self._nowhere = self._nowhere, None
+        if nowhere is not None:
+            self._thread = None
+            nowhere.key = nowhere.key or keys.record_key(step)
+            return nowhere.at(step=step)
         if self._answered and self._about != step and not self._adopt:
             self._conflict = self._thread = None  # the look was for another save, which came to nothing
             self.begin(step)
             if not self._is_told(self._wait_s):
-                return
+                return None
         conflict, self._conflict = self._conflict, None
         if conflict is not None:
             self._thread, self._waited = None, False  # the next save looks again: the user may have rewound
@@ -133,6 +141,7 @@ class Arrival:
             self._settled = True
         elif self._adopt:
             self._thread = None  # the next save asks again, and does not wait
+        return None
 
     def committed(self) -> None:
         """A checkpoint of this Saver stands."""
@@ -140,10 +149,10 @@ class Arrival:
             self._settled = True
         note(self._root, self.lineage, restored=None)
 
-    def close(self, *, wait: bool = True) -> None:
-        """Wait until nothing looks any more. Without `wait` a second at most: somebody is in a hurry, and the store may be away."""
+    def close(self) -> None:
+        """Wait until nothing looks any more, for a second at most: the store may be away, and nobody needs the answer."""
         if self._thread is not None:
-            self._thread.join(self._wait_s if wait else min(self._wait_s, _HURRY_S))
+            self._thread.join(min(self._wait_s, _HURRY_S))
 
     def _is_told(self, wait_s: float) -> bool:
         """Whether a look has ended, after so long a wait at most."""
@@ -162,6 +171,8 @@ class Arrival:
                     admit(store, step, restored=self.restored)
         except errors.CheckpointConflictError as error:
             self._conflict = error
+        except errors.StoreNotFoundError as error:
+            self._nowhere = error
         except Exception:  # noqa: BLE001 - the save itself meets the same store, and tells
             return
         self._answered = True

@@ -28,8 +28,9 @@ from asyncckpt.state import tree as trees
 from asyncckpt.state.statefile import read_state
 from asyncckpt.state.stateful import plan_restore
 from asyncckpt.state.walk import VALUE
+from asyncckpt.store.away import Tell, line
 from asyncckpt.store.base import Store
-from asyncckpt.store.opening import open_store
+from asyncckpt.store.opening import open_store, parse_url
 from asyncckpt.telling import warn
 
 _LOG = logging.getLogger("asyncckpt")
@@ -245,8 +246,20 @@ def opened(
         with nullcontext(store) as place:
             yield place
         return
-    with closing(open_store(os.fspath(url), store, on_retry=events.Hooks(tuple(hooks)))) as place:
+    told = events.Hooks(tuple(hooks))
+    away = reading_waits(os.fspath(url), told)
+    with closing(open_store(os.fspath(url), store, on_retry=told, on_away=away)) as place:
         yield place
+
+
+def reading_waits(url: str, hooks: events.Hooks) -> Tell:
+    """Tell people and hooks that a store is away that something is read from."""
+
+    def tell(event: events.StoreAway | events.StoreBack) -> None:
+        _LOG.warning("%s", line(str(parse_url(url)), event, "reading waits"))
+        hooks(event)
+
+    return tell
 
 
 def specs_of(index: Index) -> dict[str, tuple[str, tuple[int, ...]]]:

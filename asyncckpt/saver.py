@@ -6,6 +6,7 @@
 import atexit
 import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -125,10 +126,12 @@ class Saver:
             self._ledger,
             self._hooks,
             Arrival(self._root, self._backing.opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
+            url=self.url,
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
             shared=self._engine_name == "service",
         )
+        self._backing.listener = self._launcher
         self._launcher.overlap = overlap
         self._restored: list[RNG] = []  # until the next `batches()`
         self._closed = False
@@ -267,20 +270,28 @@ class Saver:
 
     # -- the end
 
-    def close(self) -> None:
-        """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before."""
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before.
+
+        Where the store is away, saves fail at `RetryPolicy.deadline_s`, and this returns within two seconds: the service removes what they
+        stored. `TimeoutError` after `timeout` seconds: the Saver is closed too, and the service finishes the saves.
+        """
         self._check_process()
         if self._closed:
             return
+        end_s = math.inf if timeout is None else time.monotonic() + timeout
         try:
-            self.wait()
+            self.wait(timeout)
+        except TimeoutError:
+            self._leave(finish=False)
+            raise
         except Exception:
-            self._shut(wait=True)
+            self._shut(wait_s=end_s - time.monotonic())
             raise
         except BaseException:  # Ctrl-C: whoever is in a hurry does not wait for a slow store
             self._leave()
             raise
-        self._shut(wait=True)
+        self._shut(wait_s=end_s - time.monotonic())
 
     def __enter__(self) -> Self:
         return self
@@ -330,26 +341,26 @@ class Saver:
     def _engine_options(self) -> EngineOptions:
         return EngineOptions(self.url, self._backing.s3, self._workers, self._keep)
 
-    def _leave(self) -> None:
-        """Hand over what is staged and go; the in-process engine must finish first."""
+    def _leave(self, *, finish: bool = True) -> None:
+        """Hand over what is staged and go; the in-process engine must `finish` first, where this process may end."""
         for save in self._ledger.in_flight:
             save._staged.wait()
         if self._engine_name == "inline":
-            for save in self._ledger.in_flight:
+            for save in self._ledger.in_flight if finish else ():
                 save._ended.wait()
         elif in_flight := self._ledger.in_flight:
             steps = ", ".join(str(save.step) for save in in_flight)
             _LOG.warning("leaving while step(s) %s are on their way; the checkpoint service finishes them", steps)
-        self._shut(wait=False)
+        self._shut(wait_s=math.inf if finish and self._engine_name == "inline" else 0.0)
         for save in self._ledger.in_flight:
             reason = "the Saver was left while this save was on its way; the checkpoint service finishes it"
             self._ledger.forget(save, errors.CheckpointError(reason, step=save.step))
 
-    def _shut(self, *, wait: bool) -> None:
+    def _shut(self, *, wait_s: float) -> None:
         self._closed = True
         _savers.discard(self)
         self._finalizer.detach()
-        self._launcher.close(wait=wait)
+        self._launcher.close(wait_s=wait_s)
         self._backing.close()
 
 

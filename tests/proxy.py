@@ -30,12 +30,12 @@ class Proxy:
     `flip_requests`: in so many bodies one bit changes on its way to the server. `connections`: how many were accepted.
     """
 
-    def __init__(self, url: str, *, thin: bool = False) -> None:
+    def __init__(self, url: str, port: int = 0, *, thin: bool = False) -> None:
         parts = urlsplit(url)
         assert parts.hostname
         assert parts.port
         self._server = (parts.hostname, parts.port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         if thin:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _THIN_BYTES)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import queue
 import select
 import threading
@@ -16,10 +17,13 @@ from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess, say_once
-from asyncckpt.engine.submitted import Listener, Submitted
+from asyncckpt.engine.submitted import Listener, Submitted, parting_s
 from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
+from asyncckpt.options import RetryPolicy
+from asyncckpt.store.away import meet
+from asyncckpt.store.opening import address_of
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
@@ -44,6 +48,7 @@ class ServiceEngine:
         self._broken: str | None = None
         self._rested = threading.Event()  # nothing that was sent is under way any more, nor what follows the answers
         self._rested.set()
+        self._store_fails = False  # a request was tried again since the last answer
         self._heard_s = time.monotonic()
         self._service = ServiceProcess(options)
         self._thread = threading.Thread(target=self._listen, name="asyncckpt-listener", daemon=True)
@@ -104,15 +109,19 @@ class ServiceEngine:
         """No later job names this structure."""
         self._forget("structure", number, self._told_structures)
 
-    def close(self, *, wait: bool = True) -> None:
-        """End the service. Saves that were handed over are finished first, also when this does not `wait` for them."""
+    def close(self, *, wait_s: float = math.inf) -> None:
+        """End the service. Saves that were handed over are finished first, also when this does not wait for them.
+
+        What follows their answers (a removal, retention) is waited for as `parting_s` says, and `wait_s` at most: the service does it alone.
+        """
         self._announcements.put(None)
         self._announcer.join()
         with self._lock:
             self._closing = True
             self._heard_s = time.monotonic()
-        end_s = time.monotonic() + (self._options.silent_s if wait else 0)
-        self._rested.wait(end_s - time.monotonic())  # what retention has to tell is heard until then
+        retry = self._options.s3.retry if self._options.s3 else RetryPolicy()
+        end_s = time.monotonic() + max(0.0, min(wait_s, parting_s(retry, store_fails=self._store_fails)))
+        self._rested.wait(max(0.0, end_s - time.monotonic()))  # what retention has to tell is heard until then
         with self._lock:
             self._service.hang_up()
         self._thread.join()
@@ -240,13 +249,12 @@ class ServiceEngine:
         kind = message["op"]
         if kind == "ended":
             self._deaths = 0
+            self._store_fails = self._store_fails and "error" in message
             outcome = CommitOutcome.from_json(message["outcome"]) if "outcome" in message else None
             error = errors.from_json(message["error"]) if "error" in message else None
             self._answered(message["job"], outcome, error)
         elif kind == "stored":
             self._listener.event(events.ShardStored(**message["data"]))
-        elif kind == "retried":
-            self._listener.event(events.StoreRetried(**message["data"]))
         elif kind == "worker_replaced":
             self._listener.event(events.WorkerReplaced(message["reason"]))
         elif kind == "rested":
@@ -258,6 +266,21 @@ class ServiceEngine:
                 self._listener.event(event)
         elif kind == "refused":  # a worker's system call, by the kernel
             say_once(message["reason"])
+        else:
+            self._heard_of_store(kind, message)
+
+    def _heard_of_store(self, kind: str, message: dict[str, Any]) -> None:
+        if kind == "retried":
+            self._store_fails = True
+            self._listener.event(events.StoreRetried(**message["data"]))
+        elif kind == "away":
+            self._store_fails = True
+            facts = {name: message[name] for name in events.StoreAway.__slots__}
+            self._listener.event(events.StoreAway(**facts))
+        elif kind == "back":
+            self._listener.event(events.StoreBack(message["after_s"]))
+        elif kind == "met":  # a service that follows this one must not take an outage for a wrong address
+            meet(address_of(self._options.url, self._options.s3))
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

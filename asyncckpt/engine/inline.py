@@ -5,8 +5,10 @@ keeps the GIL from the encoder, and it ends with the process.
 """
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +19,15 @@ from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import Pipeline
 from asyncckpt.engine.schedule import Ended, Schedule, Task
-from asyncckpt.engine.submitted import Listener
-from asyncckpt.engine.worker import TaskRunner
+from asyncckpt.engine.submitted import Listener, parting_s
+from asyncckpt.engine.tasks import TaskRunner
 from asyncckpt.format.plan import Plan
-from asyncckpt.options import KeepRule
+from asyncckpt.options import KeepRule, RetryPolicy
 from asyncckpt.store.base import Store
+from asyncckpt.store.errand import Errand
 
 _LOG = logging.getLogger("asyncckpt")
+_LOOK_S = 0.2  # how often the clocks of saves are looked at
 
 
 @dataclass(slots=True)
@@ -38,18 +42,29 @@ class InlineEngine:
     pid: int | None = None
     broken = False
 
-    def __init__(self, store: Store, keep: tuple[KeepRule, ...], listener: Listener) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keep: tuple[KeepRule, ...],
+        listener: Listener,
+        *,
+        retry: RetryPolicy | None = None,
+        closes_store: bool = False,
+    ) -> None:
         self._store = store
+        self._closes_store = closes_store
+        self._store_fails = False  # a request was tried again since the last answer
         self._listener = listener
         self._retention = bool(keep)
-        self._schedule = Schedule(retention=self._retention, collection=True)
+        self._retry = retry or RetryPolicy()
+        self._schedule = self._new_schedule()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._staged: dict[int, _Staged] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
         self._thread.start()  # first: without the pipeline's threads it is slower, without this one it is nothing
         self._pipeline = Pipeline(store)
-        self._runner = TaskRunner(store, keep, self._pipeline, self._reply)
+        self._runner = TaskRunner(store, keep, self._pipeline, self._reply, self._errand)
 
     def announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
         """Nothing is done ahead: threads of the trainer's own would only slow the copy down."""
@@ -74,24 +89,22 @@ class InlineEngine:
         """No later job names this structure."""
         self._inbox.put(lambda: self._runner.forget_structure(number))
 
-    def close(self, *, wait: bool = True) -> None:  # noqa: ARG002 - nothing here outlives the process
-        """Finish what was handed over and end the threads."""
+    def close(self, *, wait_s: float = math.inf) -> None:
+        """Finish what was handed over and end the threads, and the store if it is ours.
+
+        What follows the answers (a removal, retention) is waited for as `parting_s` says, and `wait_s` at most. It goes on then, as long as
+        the process lives; so do the saves themselves.
+        """
         self._inbox.put(None)
-        self._thread.join()
-        self._pipeline.close()
+        self._thread.join(max(0.0, min(wait_s, parting_s(self._retry, store_fails=self._store_fails))))
 
     def close_in_child(self) -> None:
         """Nothing to let go of: threads do not cross a fork."""
 
     def retried(self, event: events.StoreRetried) -> None:
         """The store waits before it asks again."""
-
-        def count() -> None:
-            for run in self._schedule.runs.values():
-                run.retries += 1
-            self._listener.event(event)
-
-        self._inbox.put(count)
+        self._store_fails = True
+        self._inbox.put(lambda: self._listener.event(event))
 
     def _take(self, job: SaveJob, plan: Plan) -> None:
         self._runner.add_structure(job.structure, plan.structure)
@@ -99,11 +112,15 @@ class InlineEngine:
 
     def _run(self) -> None:
         while not (self._closing and self._schedule.idle):
-            message = self._inbox.get()
+            try:
+                message = self._inbox.get(timeout=None if self._schedule.idle else _LOOK_S)
+            except queue.Empty:
+                message = self._look
             try:
                 if message is None:
                     self._closing = True
                 else:
+                    self._look()
                     message()
                 while (task := self._schedule.next(encoder_free=self._inbox.empty())) is not None:
                     self._do(task)
@@ -111,9 +128,12 @@ class InlineEngine:
                 _LOG.debug("the checkpoint engine failed", exc_info=error)
                 self._fail_all(f"the checkpoint engine failed: {type(error).__name__}: {error}")
             del message
+        self._pipeline.close()
+        if self._closes_store:
+            self._store.close()
 
     def _fail_all(self, reason: str) -> None:
-        self._schedule = Schedule(retention=self._retention, collection=True)
+        self._schedule = self._new_schedule()
         for number in list(self._staged):
             del self._staged[number]
             self._listener.ended(number, None, errors.WorkerDiedError(reason))
@@ -134,8 +154,39 @@ class InlineEngine:
     def _reply(self, task: int, kind: str, data: dict[str, Any]) -> None:
         self._inbox.put(lambda: self._heard(task, kind, data))
 
+    def _new_schedule(self) -> Schedule:
+        return Schedule(
+            retention=self._retention,
+            collection=True,
+            deadline_s=self._retry.deadline_s,
+            give_up=lambda job: self._runner.give_up(job.number),
+        )
+
+    def _errand(self, job: SaveJob) -> Errand:
+        """One that looks at its save's clock itself: this engine's thread may be the encoder, which waits for its uploads."""
+        run = self._schedule.runs[job.number]
+        clock = run.clock
+
+        def retried(event: events.StoreRetried) -> None:
+            run.retries += 1
+            clock.last = event
+            self.retried(event)
+
+        return Errand(
+            failing=lambda sent_s: clock.fails(job.number, sent_s),
+            eased=lambda: clock.eases(job.number),
+            acknowledged=lambda: clock.acknowledges(time.monotonic()),
+            retried=retried,
+            is_late=lambda: clock.ran_out(time.monotonic()),
+        )
+
+    def _look(self) -> None:
+        for ended in self._schedule.look(time.monotonic()):
+            self._answer(ended)
+
     def _heard(self, number: int, kind: str, data: dict[str, Any]) -> None:
         if kind == "encoded":
+            self._answer(self._schedule.encoded(number))
             return
         task = self._schedule.tasks.get(number)
         if task is None:
@@ -169,5 +220,6 @@ class InlineEngine:
 
     def _answer(self, ended: Ended | None) -> None:
         if ended is not None:
+            self._store_fails = self._store_fails and ended.error is not None
             self._staged.pop(ended.run.job.number)
             self._listener.ended(ended.run.job.number, ended.outcome, ended.error)

@@ -27,6 +27,7 @@ from more writers than cores, but a network filesystem may."""
 ALL_UPLOADS = 2 * REMOTE_UPLOADS
 """Of all workers of a Saver: on a thin uplink more connections would only take bytes from each other."""
 _PART_SLACK = 9_500  # parts planned per object; S3 allows 10,000
+_STOPPED_POLL_S = 0.1
 
 Done = Callable[[ShardReceipt | None, BaseException | None], None]
 
@@ -50,11 +51,14 @@ class ByteBudget:
         self._used = 0
         self._changed = threading.Condition()
 
-    def take(self, count: int, *, unsent: int) -> None:
-        """Wait until `count` bytes fit, or nothing is used but the taker's own `unsent` bytes, which would never come back."""
+    def take(self, count: int, *, unsent: int, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until `count` bytes fit, or nothing is used but the taker's own `unsent` bytes, which would never come back.
+
+        Or until `stopped`, which is asked ten times a second: then they are few and for nothing.
+        """
         with self._changed:
-            while self._used > unsent and self._used + count > self._limit:
-                self._changed.wait()
+            while self._used > unsent and self._used + count > self._limit and not stopped():
+                self._changed.wait(_STOPPED_POLL_S)
             self._used += count
 
     def give_back(self, count: int) -> None:
@@ -77,8 +81,19 @@ class _Part:
 class _ShardPut:
     """The way of one shard's frames into the store: a single put, or parts once it grows past `part_bytes`."""
 
-    def __init__(self, pipeline: "Pipeline", key: str, shard: ShardPlan, done: Done) -> None:
+    def __init__(
+        self,
+        pipeline: "Pipeline",
+        key: str,
+        shard: ShardPlan,
+        done: Done,
+        *,
+        store: Store,
+        stopped: Callable[[], bool],
+    ) -> None:
         self._pipeline = pipeline
+        self._store = store
+        self._stopped = stopped
         self._key = key
         self._shard = shard
         self._done = done
@@ -94,13 +109,13 @@ class _ShardPut:
         self._upload_s = 0.0
 
     def add(self, raw_bytes: int, data: Buffer) -> bool:
-        """False if a request failed already: the rest is needless."""
-        if self._error is not None:
+        """False if a request failed already, or the whole save: the rest is needless."""
+        if self._is_needless():
             return False
         size = len(data)
         held_bytes = 0 if isinstance(data, memoryview) else size
         if held_bytes:
-            self._pipeline.budget.take(held_bytes, unsent=self._part.held_bytes)
+            self._pipeline.budget.take(held_bytes, unsent=self._part.held_bytes, stopped=self._is_needless)
         self._frames.append((raw_bytes, size))
         self._part.data.append(data)
         self._part.bytes += size
@@ -115,6 +130,9 @@ class _ShardPut:
         asked_bytes = self._pipeline.store.part_bytes(_even(self._shard.raw_bytes, self._pipeline.part_bytes))
         full_bytes = max(asked_bytes, -(-self._shard.raw_bytes // _PART_SLACK))
         return _Part(number, offset, full_bytes, self._pipeline.store.gather())
+
+    def _is_needless(self) -> bool:
+        return self._error is not None or self._stopped()
 
     def finish(self, encode_s: float, error: BaseException | None) -> None:
         self._encode_s = encode_s
@@ -148,7 +166,7 @@ class _ShardPut:
             self._close_one()
 
     def _put_whole(self, part: _Part) -> None:
-        self._pipeline.store.put(self._key, part.data)
+        self._store.put(self._key, part.data)
 
     def _put_part(self, part: _Part) -> None:
         with self._starting:
@@ -156,7 +174,7 @@ class _ShardPut:
                 return
             if self._upload is None:
                 try:
-                    self._upload = self._pipeline.store.start_upload(self._key)
+                    self._upload = self._store.start_upload(self._key)
                 except BaseException as error:
                     self._fail(error)  # before the next part looks: it must not start another
                     raise
@@ -222,9 +240,23 @@ class Pipeline:
         ]
         self._threads = threads[: start(threads)]  # at the limit of threads: slower, not stuck
 
-    def put_shard(self, job: SaveJob, plan: Plan, shard: ShardPlan, arena: memoryview, done: Done) -> None:
-        """Encode now; `done(receipt, error)` is called once, from an upload thread, when the object exists or will not."""
-        put = _ShardPut(self, keys.folder(job.step, job.attempt) + shard.name, shard, done)
+    def put_shard(
+        self,
+        job: SaveJob,
+        plan: Plan,
+        shard: ShardPlan,
+        arena: memoryview,
+        done: Done,
+        *,
+        store: Store | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Encode now; `done(receipt, error)` is called once, from an upload thread, when the object exists or will not.
+
+        `store`: this pipeline's, as this save uses it. `stopped`: whether the save was given up.
+        """
+        key = keys.folder(job.step, job.attempt) + shard.name
+        put = _ShardPut(self, key, shard, done, store=store or self.store, stopped=stopped)
         digests = arena[plan.digests_offset :]
         encode_s = 0.0
         failure: BaseException | None = None

@@ -2,6 +2,7 @@
 
 A save is a check (is the step taken?), its shards, and a commit, which waits for the check where the folder may be another run's. A failed
 or needless save ends with the removal of what it stored, unless its record may still arrive; a committed one may be followed by retention.
+A failed save has its answer before its last requests come home: none of them can make a checkpoint any more.
 """
 
 from collections import deque
@@ -11,17 +12,20 @@ from typing import Any, Literal
 
 from asyncckpt import errors
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
+from asyncckpt.engine.save_clock import SaveClock
 
 Kind = Literal["check", "shard", "commit", "abandon", "retain", "collect"]
 MAX_DEATHS = 3
 """A task that kills its worker this often fails its save."""
 MAX_LOST_UPLOADS = 3
 """So often the upload of a shard is begun again."""
+GRACE_S = 0.25
+"""How long a save that was given up waits for its commit to come home, and to say what became of the record."""
 
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """One piece of work for a worker. `shard` is set for kind shard."""
+    """One piece of work for a worker. `shard` is set for kind shard; `encoding`: the arena is being read, and its digests written."""
 
     number: int
     kind: Kind
@@ -29,6 +33,7 @@ class Task:
     shard: int = -1
     deaths: int = 0
     lost_uploads: int = 0
+    encoding: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +42,7 @@ class JobRun:
 
     `checked`: nothing that its check may still find forbids the commit.
     `may_appear`: its record was sent and nobody knows whether it arrives; what was stored must stay.
+    `given_up_s`: when its clock had run out. `answered`: whoever waits for it was told.
     """
 
     job: SaveJob
@@ -44,6 +50,7 @@ class JobRun:
     filled: int
     staged: bool
     checked: bool
+    clock: SaveClock
     ready: deque[Task] = field(default_factory=deque)
     receipts: dict[int, ShardReceipt] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
@@ -53,6 +60,8 @@ class JobRun:
     exists: bool = False
     may_appear: bool = False
     outcome: CommitOutcome | None = None
+    given_up_s: float | None = None
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +74,36 @@ class Ended:
 
 
 class Schedule:
-    """Jobs in order, tasks of the oldest first. `retention`: whether a commit is followed by a retain task.
+    """Jobs in order, tasks of the oldest first.
 
-    `collection`: whether the first commit, and the first one after the death of a worker, is followed by a collect task.
+    Args:
+        retention: Whether a commit is followed by a retain task.
+        collection: Whether the first commit, and the first one after the death of a worker, is followed by a collect task.
+        deadline_s: Of each save's clock.
+        give_up: Told of a save that failed, when requests of it may still be under way: no further one is worth sending.
     """
 
-    def __init__(self, *, retention: bool, collection: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        retention: bool,
+        collection: bool = False,
+        deadline_s: float = 600.0,
+        give_up: Callable[[SaveJob], None] = lambda _: None,
+    ) -> None:
         self.runs: dict[int, JobRun] = {}
         self.tasks: dict[int, Task] = {}
         self._retention = retention
         self._collection = collection
         self._to_collect = collection
+        self._deadline_s = deadline_s
+        self._give_up = give_up
         self._next = 0
 
     def submit(self, job: SaveJob, shards: int, *, staged: bool = True) -> JobRun:
         """Take a save in, with its snapshot complete (`staged`) or begun."""
-        run = JobRun(job, shards, shards if staged else 0, staged, checked=not job.newcomer)
+        clock = SaveClock(self._deadline_s)
+        run = JobRun(job, shards, shards if staged else 0, staged, checked=not job.newcomer, clock=clock)
         self.runs[job.number] = run
         run.ready.append(self._task("check", run))
         run.ready.extend(self._task("shard", run, shard) for shard in range(shards))
@@ -98,7 +121,7 @@ class Schedule:
     def staged(self, number: int) -> bool:
         """A snapshot is complete and its save may be committed. False if it has its answer already, without that."""
         run = self.runs.get(number)
-        if run is None or run.stage == "over":
+        if run is None or run.answered:
             return False
         run.staged, run.filled = True, run.shards
         self._commit_if_complete(run)
@@ -123,12 +146,42 @@ class Schedule:
         for run in self.runs.values():
             if run.ready and (run.ready[0].kind != "shard" or (encoder_free and self._may_start(run, ahead))):
                 task = run.ready.popleft()
+                task.encoding = task.kind == "shard"
                 run.running.add(task.number)
                 return task
         return None
 
     def _may_start(self, run: JobRun, ahead: Callable[[], bool]) -> bool:
         return run.ready[0].shard < run.filled and (run.staged or ahead())
+
+    def encoded(self, number: int) -> Ended | None:
+        """A shard is out of the arena, and on its way to the store."""
+        task = self.tasks.get(number)
+        if task is None:
+            return None
+        task.encoding = False
+        return self._advance(task.run)
+
+    def look(self, now_s: float) -> list[Ended]:
+        """Give up the saves whose clocks ran out; what has an answer thereby. Ask a few times a second while saves are on their way."""
+        ended = []
+        for run in list(self.runs.values()):
+            if run.given_up_s is None and run.stage in ("shards", "commit") and run.clock.ran_out(now_s):
+                run.given_up_s = now_s
+                run.error = run.error or run.clock.error(now_s, run.job.step)
+                if run.may_appear:  # a worker died over its record
+                    run.error = _unknown(run.error, run.job.step)
+                commits = self._commits(run)
+                self._stop(run)
+                if commits:
+                    self._give_up(run.job)
+            elif run.given_up_s is None or run.answered or now_s - run.given_up_s < GRACE_S or not self._commits(run):
+                continue
+            else:  # its record may be on its way, and nobody waits longer to know
+                run.may_appear = True
+                run.error = _unknown(run.error, run.job.step)
+            ended.append(self._advance(run))
+        return [one for one in ended if one is not None]
 
     def done(self, task: Task, result: dict[str, Any]) -> Ended | None:
         """A task succeeded."""
@@ -162,8 +215,9 @@ class Schedule:
         if task.kind in ("abandon", "retain", "collect") or run.outcome is not None:
             # leftovers are found by their missing record; retention runs again after the next save; a committed save stays so
             return self._advance(run)
-        run.may_appear = run.may_appear or isinstance(error, errors.CommitUnknownError)
-        if run.error is None and not run.exists:
+        is_unknown = isinstance(error, errors.CommitUnknownError)
+        run.may_appear = run.may_appear or is_unknown
+        if (run.error is None and not run.exists) or (is_unknown and run.given_up_s is not None):
             run.error = error
         self._stop(run)
         return self._advance(run)
@@ -176,13 +230,7 @@ class Schedule:
         if task.deaths >= MAX_DEATHS:
             message = f"{task.deaths} workers in a row died on one {task.kind} task: {reason}"
             died = errors.WorkerDiedError(message, step=task.run.job.step)
-            if task.kind != "commit":
-                return self.failed(task, died)
-            unknown = errors.CommitUnknownError(
-                f"{message}. The step may still appear, complete", step=task.run.job.step
-            )
-            unknown.__cause__ = died
-            return self.failed(task, unknown)
+            return self.failed(task, died if task.kind != "commit" else _unknown(died, task.run.job.step))
         return self._again(task)
 
     def _again(self, task: Task) -> Ended | None:
@@ -212,33 +260,57 @@ class Schedule:
         return task.run
 
     def _stop(self, run: JobRun) -> None:
-        # nothing new starts; what runs comes home first, so that the removal finds everything
+        """Nothing new starts; what runs comes home before the removal, which then finds everything."""
         for task in run.ready:
             del self.tasks[task.number]
         run.ready.clear()
+        if run.stage in ("shards", "commit") and run.error is not None and not self._commits(run):
+            self._give_up(run.job)
         if run.stage != "over":
             run.stage = "abandon"
 
-    def _committed(self, run: JobRun) -> Ended:
+    def _commits(self, run: JobRun) -> bool:
+        return any(self.tasks[number].kind == "commit" for number in run.running)
+
+    def _committed(self, run: JobRun) -> Ended | None:
         run.stage = "retain"
+        ended = None if run.answered else Ended(run, run.outcome, None)
+        run.answered = True
         if self._retention:
             run.ready.append(self._task("retain", run))
         if self._to_collect:
             self._to_collect = False
             run.ready.append(self._task("collect", run))
-        self._advance(run)
-        return Ended(run, run.outcome, None)
+        if not run.ready:
+            self._advance(run)
+        return ended
 
     def _advance(self, run: JobRun) -> Ended | None:
-        if run.ready or run.running or run.stage in ("shards", "commit"):
-            return None
-        if run.stage == "abandon":
-            run.stage = "over"
+        ended = None
+        if run.stage == "abandon" and not run.answered and self._has_answer(run):
+            run.answered = True
             outcome = CommitOutcome("exists", retries=run.retries) if run.exists and run.error is None else None
-            if run.may_appear:
-                self.runs.pop(run.job.number, None)
-            else:
-                run.ready.append(self._task("abandon", run))
-            return Ended(run, outcome, run.error)
-        self.runs.pop(run.job.number, None)
-        return None
+            ended = Ended(run, outcome, run.error)
+        if run.ready or run.running or run.stage in ("shards", "commit"):
+            return ended
+        if run.stage == "abandon" and not run.may_appear:
+            run.stage = "over"
+            run.ready.append(self._task("abandon", run))
+        else:
+            self.runs.pop(run.job.number, None)
+        return ended
+
+    def _has_answer(self, run: JobRun) -> bool:
+        """Whether what still runs neither touches the arena nor may make a checkpoint of this save."""
+        if run.error is None:
+            return not run.running
+        left_alone = run.given_up_s is not None and isinstance(run.error, errors.CommitUnknownError)
+        tasks = [self.tasks[number] for number in run.running]
+        return not any(task.encoding or (task.kind == "commit" and not left_alone) for task in tasks)
+
+
+def _unknown(cause: BaseException | None, step: int) -> errors.CommitUnknownError:
+    message = cause.message if isinstance(cause, errors.CheckpointError) else f"{type(cause).__name__}: {cause}"
+    error = errors.CommitUnknownError(f"{message}. The step may still appear, complete", step=step)
+    error.__cause__ = cause
+    return error

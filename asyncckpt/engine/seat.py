@@ -64,6 +64,10 @@ class Seat:
             self.known.discard((kind, message[kind]))
             self._post(message, [])
 
+    def tell(self, message: Message) -> None:
+        """Send something that needs no descriptor."""
+        self._post(message, [])
+
     def rest(self) -> None:
         """Nothing is in flight: memory that was kept for the next frame goes back."""
         if self.worked:

@@ -23,9 +23,12 @@ from asyncckpt.engine.schedule import MAX_DEATHS, Ended, Schedule, Task
 from asyncckpt.engine.seat import STARVED_NICE, Seat, Seats, may_encode_more
 from asyncckpt.engine.title import Title, run_name, service_title
 from asyncckpt.engine.wire import Channel
+from asyncckpt.events import StoreRetried
+from asyncckpt.options import RetryPolicy, S3Options
 
+_LOOK_S = 0.2  # how often the clocks of saves are looked at
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
-_LOOK_S = 1.0  # between two looks whether the trainer lives, where the kernel would not tell
+_TRAINER_S = 1.0  # between two looks whether the trainer lives, where the kernel would not tell
 
 
 class Service:
@@ -36,7 +39,10 @@ class Service:
         self._alone: Alone | None = None
         self._hello = hello
         self._rules = rules_from_json(hello["keep"])
-        self._schedule = Schedule(retention=bool(self._rules), collection=True)
+        retry = S3Options.from_json(hello["s3"]).retry if hello["s3"] else RetryPolicy()
+        self._schedule = Schedule(
+            retention=bool(self._rules), collection=True, deadline_s=retry.deadline_s, give_up=self._give_up
+        )
         self._selector = selectors.DefaultSelector()
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
         self._polls = pidfd is None
@@ -76,6 +82,7 @@ class Service:
     def _goes_on(self) -> bool:
         """Do what can be done without waiting; whether there is something to wait for."""
         self._copying.look(self._schedule)
+        self._look()
         self._dispatch()  # first: saves may have come with the greeting
         self._watch()
         idle, alone = self._schedule.idle, self._alone is not None
@@ -83,12 +90,14 @@ class Service:
         return self._alone is None or not (self._schedule.idle or self._alone.left_s == 0)
 
     def _timeout(self) -> float | None:
-        alive_s = min(1.0, float(self._hello["alive_s"]))  # while saves are in flight the trainer hears that we live
+        alive_s = min(
+            _LOOK_S, float(self._hello["alive_s"])
+        )  # while saves are in flight the trainer hears that we live
         wait_s = min(alive_s, self._copying.poll_s)
         if self._alone is not None:
             return min(wait_s, self._alone.left_s)
         if self._schedule.idle and not self._seats.dying:
-            return _LOOK_S if self._polls else None
+            return _TRAINER_S if self._polls else None
         return wait_s
 
     @property
@@ -273,13 +282,15 @@ class Service:
         if kind == "refused":
             self._tell(message)
             return
-        if kind == "retried":
-            for run in self._schedule.runs.values():
-                run.retries += 1
-            self._tell(message)
+        if kind in ("retried", "failing", "eased", "acknowledged"):
+            self._heard_of_requests(seat, message)
+            return
+        if kind in ("met", "away", "back"):
+            self._heard_of_store(message)
             return
         if kind == "encoded":
             seat.encoding = False
+            self._answer(self._schedule.encoded(message["task"]))
             return
         task = seat.tasks.pop(message["task"])
         if self._alone is not None and kind == "done" and task.kind in ("check", "shard", "commit"):
@@ -290,6 +301,46 @@ class Service:
         else:
             self._tell_of_upkeep(task, upkeep.told_of_failure(message["data"]))
             self._answer(self._schedule.failed(task, errors.from_json(message["data"])))
+
+    def _heard_of_requests(self, seat: Seat, message: dict[str, Any]) -> None:
+        kind, number = message["op"], message["job"]
+        if kind == "retried":
+            self._tell({"op": "retried", "data": message["data"]})
+        run = self._schedule.runs.get(number)
+        if run is None:
+            return
+        if kind == "retried":
+            run.retries += 1
+            run.clock.last = StoreRetried(**message["data"])
+        elif kind == "failing":
+            run.clock.fails(seat.pid, message["sent_s"])
+        elif kind == "eased":
+            run.clock.eases(seat.pid)
+        else:
+            run.clock.acknowledges(time.monotonic())
+        self._look()
+
+    def _heard_of_store(self, message: dict[str, Any]) -> None:
+        if message["op"] == "met":
+            self._hello["met"] = True
+        elif message["op"] == "away":
+            now_s = time.monotonic()
+            runs = [run for run in self._schedule.runs.values() if not run.answered]
+            ends = [run.clock.left_s(now_s) for run in runs]
+            ends += [message["left_s"]] if message["left_s"] is not None else []
+            message |= {"saves_in_flight": len(runs), "left_s": min(ends, default=0.0)}
+        self._tell(message)
+
+    def _look(self) -> None:
+        for ended in self._schedule.look(time.monotonic()):
+            self._answer(ended)
+
+    def _give_up(self, job: SaveJob) -> None:
+        """Whoever still sends something of a save that failed need not try again."""
+        for seat in self._seats:
+            if any(task.run.job is job for task in seat.tasks.values()):
+                seat.tell({"op": "give_up", "job": job.number})
+                self._seats.watch(seat)
 
     def _progress(self, task: Task, data: dict[str, Any]) -> None:
         if task.kind == "shard":
@@ -328,6 +379,8 @@ class Service:
     def _replace(self, seat: Seat, reason: str) -> None:
         tasks = list(seat.tasks.values())
         self._seats.dismiss(seat)
+        for run in self._schedule.runs.values():
+            run.clock.eases(seat.pid)
         if tasks:
             self._tell({"op": "worker_replaced", "reason": f"worker {seat.pid} {reason}"})
         for task in reversed(tasks):

@@ -21,6 +21,8 @@ from asyncckpt.engine.notices import notices_folder
 from asyncckpt.engine.wire import REFUSED, Channel, Message, memory_file, memory_files_refused, pair
 from asyncckpt.errors import CheckpointError
 from asyncckpt.options import EngineName, KeepRule, RetryPolicy, S3Options
+from asyncckpt.store.away import AWAY_S, is_met
+from asyncckpt.store.opening import address_of
 
 _BOOTSTRAP = """\
 import sys, json, importlib.util
@@ -50,7 +52,8 @@ class EngineOptions:
     is replaced; `starved_s`: one that does little but wait for a core so long is followed by one that yields less.
     `silent_s`: likewise a service with saves in flight; it speaks nine times as often. `notices`: the folder for what a service that
     outlived its trainer tells the next Saver. `least_alone_s`: it may last so long alone, also where nothing is tried again: a store that
-    is well needs some time for a shard.
+    is well needs some time for a shard. `away_s`: a store that answers nobody for this
+    long is said to be away.
     """
 
     url: str
@@ -61,6 +64,7 @@ class EngineOptions:
     hang_s: float = 60.0
     starved_s: float = 15.0
     silent_s: float = 90.0
+    away_s: float = AWAY_S
     notices: Path = field(default_factory=notices_folder)
     least_alone_s: float = 5.0
 
@@ -204,11 +208,13 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
     return {
         "url": options.url,
         "s3": options.s3.to_json() if options.s3 else None,
+        "met": is_met(address_of(options.url, options.s3)),
         "workers": options.workers,
         "keep": rules_to_json(options.keep),
         "nice": options.nice,
         "hang_s": options.hang_s,
         "starved_s": options.starved_s,
+        "away_s": options.away_s,
         "alive_s": options.silent_s / SIGNS,
         "trainer": os.getpid(),
         "alone_s": options.alone_s,

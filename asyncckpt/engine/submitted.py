@@ -7,6 +7,9 @@ from asyncckpt import events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.format.plan import Structure
+from asyncckpt.options import RetryPolicy
+
+_PARTING_S, _HURRY_S = 60.0, 1.0
 
 
 @dataclass(slots=True)
@@ -29,6 +32,11 @@ class Submitted:
     def copying(self) -> bool:
         """Whether the trainer still writes into the arena."""
         return self.state is None and self.withdrawn is None
+
+
+def parting_s(retry: RetryPolicy, *, store_fails: bool) -> float:
+    """How long `close()` waits for what follows the answers of all saves, which the engine can also do alone."""
+    return _HURRY_S if store_fails else min(_PARTING_S, retry.deadline_s + _HURRY_S)
 
 
 class Listener(Protocol):

@@ -1,10 +1,11 @@
-"""Do tasks: in a forked worker process, or on the threads of the in-process engine. One runner, two hosts."""
+"""A forked worker process: messages in, tasks done, replies out."""
 
 import contextlib
 import ctypes
 import json
 import mmap
 import os
+import queue
 import resource
 import signal
 import socket
@@ -12,196 +13,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from asyncckpt import errors
-from asyncckpt.checkpoints import removal
-from asyncckpt.checkpoints.admission import admit
-from asyncckpt.checkpoints.leftovers import collect
-from asyncckpt.engine import commit, upkeep
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
-from asyncckpt.engine.retention import Retention
+from asyncckpt.engine.tasks import TaskRunner
 from asyncckpt.engine.title import Title, run_name
 from asyncckpt.engine.wire import Channel, read_memory_file
-from asyncckpt.events import StoreRetried
-from asyncckpt.format import keys
-from asyncckpt.format.digest import DIGEST_BYTES
-from asyncckpt.format.index_builder import IndexBuilder
-from asyncckpt.format.plan import Plan, Structure, plan
+from asyncckpt.events import StoreAway, StoreBack, StoreRetried
+from asyncckpt.format.plan import Structure
 from asyncckpt.options import KeepRule, S3Options
-from asyncckpt.store.base import Progress, Store
-from asyncckpt.store.opening import open_store
+from asyncckpt.store.away import is_met, meet
+from asyncckpt.store.errand import Errand
+from asyncckpt.store.opening import address_of, open_store
 
 BEAT_S = 1.0
+_ACKNOWLEDGED_S = 0.25  # a save of many small shards need not tell of each
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
-_COLLECT_S = 120.0  # of one collection: about a million objects on S3
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
-
 _MOST_DESCRIPTORS = 2**20
-
-Reply = Callable[[int, str, dict[str, Any]], None]
-
-
-class TaskRunner:
-    """Runs tasks against one store. `reply(task, "done"|"failed"|"encoded", data)` is called from any thread."""
-
-    def __init__(
-        self,
-        store: Store,
-        rules: Sequence[KeepRule],
-        pipeline: Pipeline,
-        reply: Reply,
-        progress: Progress = lambda: None,
-        *,
-        collect_s: float = _COLLECT_S,
-    ) -> None:
-        self._store = store
-        self._progress = progress
-        self._collect_s = collect_s
-        self._retention = Retention(store, rules)
-        self._pipeline = pipeline
-        self._reply = reply
-        self._structures: dict[int, Structure] = {}
-        self._plans: dict[tuple[int, str, int | None], IndexBuilder] = {}
-        self._planning = threading.Lock()
-
-    def add_structure(self, number: int, structure: Structure) -> None:
-        """Jobs may name this structure from now on."""
-        self._structures[number] = structure
-
-    def forget_structure(self, number: int) -> None:
-        """No job names it any more."""
-        self._structures.pop(number, None)
-        for key in [key for key in self._plans if key[0] == number]:
-            del self._plans[key]
-
-    def plan(self, job: SaveJob) -> Plan:
-        """The job's plan; computed once per structure, the same in every process."""
-        return self._planned(job).plan
-
-    def _planned(self, job: SaveJob) -> IndexBuilder:
-        key = (job.structure, job.codec, job.shard_bytes)
-        with self._planning:
-            if key not in self._plans:
-                made = plan(self._structures[job.structure], codec=job.codec, shard_bytes=job.shard_bytes)
-                self._plans[key] = IndexBuilder(made)
-            return self._plans[key]
-
-    def shard(self, task: int, job: SaveJob, number: int, arena: memoryview) -> None:
-        """Encode now, upload beside; replies `encoded`, later `done` or `failed`."""
-
-        def done(receipt: ShardReceipt | None, error: BaseException | None) -> None:
-            if receipt is not None:
-                self._reply(task, "done", receipt.to_json())
-            elif error is not None:
-                self._fail(task, job, error)
-
-        try:
-            layout = self.plan(job)
-            self._pipeline.put_shard(job, layout, layout.shards[number], arena, done)
-        except Exception as error:  # noqa: BLE001 - every failure is the task's answer
-            self._fail(task, job, error)
-        self._reply(task, "encoded", {})
-
-    def commit(
-        self,
-        task: int,
-        job: SaveJob,
-        receipts: Sequence[ShardReceipt],
-        arena: memoryview,
-        state: bytes,
-        *,
-        again: bool = False,
-    ) -> None:
-        """Write state, index and record. `again`: a worker died over it."""
-
-        def work() -> dict[str, Any]:
-            builder = self._planned(job)
-            layout = builder.plan
-            digests = bytes(arena[layout.digests_offset : layout.digests_offset + DIGEST_BYTES * layout.piece_count])
-            outcome = commit.commit(
-                self._store, job, builder, receipts=receipts, digests=digests, state=state, again=again
-            )
-            return outcome.to_json()
-
-        self._beside(task, job, work)
-
-    def check(self, task: int, job: SaveJob) -> None:
-        """Is the step taken, or the folder another run's?"""
-
-        def work() -> dict[str, Any]:
-            taken = commit.exists(self._store, job)
-            if job.newcomer:
-                admit(self._store, job.step, restored=job.restored, run_id=job.attempt.partition("-")[0])
-            if taken and job.on_exists == "raise":
-                raise errors.CheckpointConflictError(
-                    "the step exists already, written by another attempt", step=job.step, attempt=job.attempt
-                )
-            return {"exists": taken}
-
-        self._beside(task, job, work)
-
-    def abandon(self, task: int, job: SaveJob) -> None:
-        """Remove what the attempt stored."""
-
-        def work() -> dict[str, Any]:
-            removal.abandon(self._store, job.step, job.attempt)
-            removal.end_uploads(self._store, _folders(job))
-            return {}
-
-        self._beside(task, job, work)
-
-    def retain(self, task: int, job: SaveJob) -> None:
-        """Apply the rules of retention."""
-
-        def work() -> dict[str, Any]:
-            return self._retention.retain(committed=job.step, lineage=job.lineage).to_json()
-
-        self._beside(task, job, work)
-
-    def collect(self, task: int, job: SaveJob) -> None:
-        """Remove what dead writers left, and end what workers of this very save left open, which is committed by now."""
-        end_s = time.monotonic() + self._collect_s
-
-        def go_on() -> bool:
-            self._progress()
-            return time.monotonic() < end_s
-
-        def work() -> dict[str, Any]:
-            done = collect(self._store, ended=_folders(job), go_on=go_on)
-            if time.monotonic() >= end_s:
-                late = errors.DeadlineExceededError(
-                    f"leftovers were looked for {self._collect_s:.0f} s, and not everywhere; Run(url).collect_garbage() takes the time it needs"
-                )
-                done = replace(done, failures=(*done.failures, late))
-            return upkeep.told_of(done)
-
-        self._beside(task, job, work)
-
-    def _beside(self, task: int, job: SaveJob, work: Callable[[], dict[str, Any]]) -> None:
-        def run() -> None:
-            try:
-                self._reply(task, "done", work())
-            except Exception as error:  # noqa: BLE001 - every failure is the task's answer
-                self._fail(task, job, error)
-
-        self._pipeline.run(run)
-
-    def _fail(self, task: int, job: SaveJob, error: BaseException) -> None:
-        if isinstance(error, errors.CheckpointError):
-            error.at(step=job.step, attempt=job.attempt)
-        self._reply(task, "failed", errors.to_json(error))
-
-
-def _folders(job: SaveJob) -> list[str]:
-    """Of all attempts of the save."""
-    return [keys.folder(job.step, attempt) for attempt in (job.attempt, *job.earlier_attempts)]
 
 
 class _Worker:
@@ -211,19 +45,45 @@ class _Worker:
         self._channel = channel
         self._beat_at = 0.0
         options = S3Options.from_json(hello["s3"]) if hello["s3"] else None
-        store = open_store(hello["url"], options, progress=self.beat, on_retry=self._retried)
+        self._address = address_of(hello["url"], options)
+        if hello["met"]:
+            meet(self._address)
+        store = open_store(
+            hello["url"],
+            options,
+            progress=self.beat,
+            on_retry=self._retried,
+            on_away=self._away,
+            on_meet=lambda: self._tell("met"),
+            away_s=hello["away_s"],
+        )
         pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
-        self._runner = TaskRunner(store, rules, pipeline, self._answer, self.beat)
+        self._runner = TaskRunner(store, rules, pipeline, self._answer, self._errand, progress=self.beat)
         self._arenas: dict[int, mmap.mmap] = {}
+        self._shards: queue.SimpleQueue[Callable[[], None] | BaseException | None] = queue.SimpleQueue()
 
     def serve(self) -> None:
-        while (messages := self._channel.receive()) is not None:
-            for message, fds in messages:
-                try:
-                    getattr(self, "_on_" + message["op"])(message, fds)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
+        """Encode shards; a thread hears the messages, since one of them may end a save whose encoder waits for its uploads."""
+        threading.Thread(target=self._hear, name="asyncckpt-ear", daemon=True).start()
+        while (work := self._shards.get()) is not None:
+            if isinstance(work, BaseException):
+                raise work
+            work()
+            del work  # it leads to a view of the arena
+
+    def _hear(self) -> None:
+        try:
+            while (messages := self._channel.receive()) is not None:
+                for message, fds in messages:
+                    try:
+                        getattr(self, "_on_" + message["op"])(message, fds)
+                    finally:
+                        for fd in fds:
+                            os.close(fd)
+        except BaseException as error:  # noqa: BLE001 - raised on the main thread, which ends the process
+            self._shards.put(error)
+        else:
+            self._shards.put(None)
 
     def beat(self) -> None:
         now = time.monotonic()
@@ -240,6 +100,9 @@ class _Worker:
     def _on_arena(self, message: dict[str, Any], fds: list[int]) -> None:
         self._arenas[message["arena"]] = mmap.mmap(fds[0], message["bytes"])
 
+    def _on_give_up(self, message: dict[str, Any], _: list[int]) -> None:
+        self._runner.give_up(message["job"])
+
     def _on_rest(self, _: dict[str, Any], __: list[int]) -> None:
         _give_back_freed_memory()
 
@@ -252,7 +115,8 @@ class _Worker:
     def _on_task(self, message: dict[str, Any], fds: list[int]) -> None:
         task, job = message["task"], SaveJob.from_json(message["job"])
         if message["kind"] == "shard":
-            self._runner.shard(task, job, message["shard"], memoryview(self._arenas[job.arena]))
+            arena = memoryview(self._arenas[job.arena])
+            self._shards.put(lambda: self._runner.shard(task, job, message["shard"], arena))
         elif message["kind"] == "commit":
             receipts = [ShardReceipt.from_json(row) for row in message["receipts"]]
             arena, state = memoryview(self._arenas[job.arena]), read_memory_file(fds[0])
@@ -261,12 +125,40 @@ class _Worker:
             getattr(self._runner, message["kind"])(task, job)
 
     def _answer(self, task: int, kind: str, data: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
-            self._channel.send({"op": kind, "task": task, "data": data})
+        self._tell(kind, task=task, data=data)
 
-    def _retried(self, event: StoreRetried) -> None:
+    def _retried(self, event: StoreRetried, number: int | None = None) -> None:
         data = {name: getattr(event, name) for name in StoreRetried.__slots__}
-        self._answer(-1, "retried", data)
+        self._tell("retried", job=number, data=data)
+
+    def _away(self, event: StoreAway | StoreBack) -> None:
+        if isinstance(event, StoreAway):
+            left_s = None if is_met(self._address) else event.left_s  # behind the first contact the saves have clocks
+            self._tell("away", since_s=event.since_s, error=event.error, left_s=left_s)
+        else:
+            self._tell("back", after_s=event.after_s)
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service died, and we die with it
+            self._channel.send({"op": kind, **facts})
+
+    def _errand(self, job: SaveJob) -> Errand:
+        """One that tells the service how it goes: the service has the clock, for all workers."""
+        number, told_s = job.number, -BEAT_S
+
+        def acknowledged() -> None:
+            nonlocal told_s
+            now_s = time.monotonic()
+            if now_s - told_s >= _ACKNOWLEDGED_S:
+                told_s = now_s
+                self._tell("acknowledged", job=number)
+
+        return Errand(
+            failing=lambda sent_s: self._tell("failing", job=number, sent_s=sent_s),
+            eased=lambda: self._tell("eased", job=number),
+            acknowledged=acknowledged,
+            retried=lambda event: self._retried(event, number),
+        )
 
 
 def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepRule], service_pid: int) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Self, TypeVar
 
 from asyncckpt.errors import UnsafeCheckpointError
+from asyncckpt.store.errand import Errand
 
 Buffer = bytes | bytearray | memoryview
 Buffers = Sequence[Buffer]
@@ -168,6 +169,10 @@ class Store(ABC):
         Several threads may each have one. For reading alone.
         """
         yield self
+
+    def on(self, errand: Errand) -> "Store":  # noqa: ARG002 - a store that never tries again has no use for it
+        """The same objects, for requests that are given up together instead of each by itself."""
+        return self
 
     @abstractmethod
     def head(self, key: str) -> Entry | None:

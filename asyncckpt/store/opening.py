@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import S3Options
+from asyncckpt.store.away import AWAY_S, Contact, Tell
 from asyncckpt.store.base import Progress, Store
 from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
@@ -46,24 +47,55 @@ def open_store(
     *,
     progress: Progress | None = None,
     on_retry: Callable[[StoreRetried], None] | None = None,
+    on_away: Tell | None = None,
+    on_meet: Callable[[], None] = lambda: None,
+    away_s: float = AWAY_S,
 ) -> Store:
-    """A store that retries as its options say. Sends nothing yet: a wrong bucket shows at the first request."""
+    """A store that retries as its options say. Sends nothing yet: a wrong bucket shows at the first request.
+
+    `on_away`: told while a store of a network has not answered for `away_s`, instead of a line in the log; `on_meet`: when it answers for the
+    first time.
+    """
     location = parse_url(url)
     chosen = options or S3Options()
-    if location.scheme != "s3" and chosen != S3Options():
+    if location.scheme == "s3":
+        address = address_of(url, options)
+        contact = Contact(str(location), address, policy=chosen.retry, tell=on_away, met=on_meet, away_s=away_s)
+        store = _open_s3(location, chosen, _both(contact.moves, progress))
+        return RetryingStore(store, chosen.retry, progress=progress, on_retry=on_retry, contact=contact)
+    if chosen != S3Options():
         raise ValueError(f"S3Options are for s3:// URLs, and {str(url)!r} is none")
-    return RetryingStore(_open(location, chosen, progress), chosen.retry, progress=progress, on_retry=on_retry)
+    return RetryingStore(_open_near(location, progress), chosen.retry, progress=progress, on_retry=on_retry)
 
 
-def _open(location: Location, options: S3Options, progress: Progress | None) -> Store:
+def address_of(url: str | os.PathLike[str], options: S3Options | None) -> str:
+    """What tells whether two stores are found at one place, for `away.is_met`."""
+    location, chosen = parse_url(url), options or S3Options()
+    return "|".join(map(str, (location.place, chosen.endpoint_url, chosen.region, chosen.profile)))
+
+
+def _open_near(location: Location, progress: Progress | None) -> Store:
     if location.scheme == "memory":
         with _memories_lock:
             return _memories.setdefault(location.place, MemoryStore())
-    if location.scheme == "file":
-        return LocalStore(location.place, progress=progress)
+    return LocalStore(location.place, progress=progress)
+
+
+def _open_s3(location: Location, options: S3Options, progress: Progress) -> Store:
     from asyncckpt.store.s3 import S3Store  # noqa: PLC0415 - boto3 takes a third of a second, which no local run pays
 
     return S3Store(location.place, location.prefix, options, progress=progress)
+
+
+def _both(first: Progress, second: Progress | None) -> Progress:
+    if second is None:
+        return first
+
+    def both() -> None:
+        first()
+        second()
+
+    return both
 
 
 def parse_url(url: str | os.PathLike[str]) -> Location:

@@ -1,12 +1,13 @@
 """Asks a store again after transient failures, until a deadline; the one file that imports tenacity."""
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import tenacity
 
@@ -16,15 +17,18 @@ from asyncckpt.errors import (
     ObjectNotFoundError,
     ResourceLimitError,
     StoreError,
+    StoreNotFoundError,
     TransientStoreError,
     told,
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
+from asyncckpt.store.away import Contact
 from asyncckpt.store.base import Buffer, Buffers, Entry, OpenUpload, Progress, Store, Upload, Version
+from asyncckpt.store.errand import Errand
 
 _LOG = logging.getLogger("asyncckpt")
-_ABORT_DEADLINE_S = 60.0  # an abort cleans up behind a failure that somebody waits to hear of
+_ABORT_DEADLINE_S = 60.0  # an abort cleans up behind a failure
 _SLICE_S = 1.0  # of a sleep, between two signs of life
 
 T = TypeVar("T")
@@ -47,6 +51,8 @@ class RetryingStore(Store):
         progress: Called between the slices of a sleep.
         on_retry: Told of every retry; called on the thread that retries.
         uniform: Draws a wait from two bounds.
+        errand: What the requests are for; it is given up as a whole, and then they have no deadline of their own.
+        contact: Hears of every request, and knows whether anybody ever answered there.
     """
 
     def __init__(
@@ -59,9 +65,13 @@ class RetryingStore(Store):
         progress: Progress | None = None,
         on_retry: Callable[[StoreRetried], None] | None = None,
         uniform: Callable[[float, float], float] | None = None,
+        errand: Errand | None = None,
+        contact: Contact | None = None,
     ) -> None:
         self._inner = inner
+        self._contact = contact
         self._policy = policy or RetryPolicy()
+        self._errand = errand
         self._clock = clock
         self._sleep = sleep
         self._progress = progress or (lambda: None)
@@ -70,7 +80,9 @@ class RetryingStore(Store):
         self.conditional_puts = inner.conditional_puts
         self.rereads = inner.rereads
         deadline_s = self._policy.deadline_s if inner.patience.deadline_s else 0.0
-        self.patience = replace(inner.patience, deadline_s=deadline_s, clock=clock, sleep=sleep)
+        self.patience = replace(
+            inner.patience, deadline_s=deadline_s, clock=clock, sleep=sleep if errand is None else errand.sleep
+        )
         self.min_part_bytes = inner.min_part_bytes
         self.max_put_bytes = inner.max_put_bytes
         self.max_parts = inner.max_parts
@@ -78,6 +90,7 @@ class RetryingStore(Store):
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
         """As the contract says; but after a lost answer `ObjectExistsError` may be raised against our own put: it is `unanswered` then."""
         self._try("put", key, lambda: self._inner.put(key, data, if_absent=if_absent))
+        self._acknowledged()
 
     def start_upload(self, key: str) -> Upload:
         return _RetryingUpload(self, key, self._try("start_upload", key, lambda: self._inner.start_upload(key)))
@@ -97,15 +110,23 @@ class RetryingStore(Store):
     @contextmanager
     def afresh(self) -> Iterator[Store]:
         with self._inner.afresh() as inner:
-            yield RetryingStore(
-                inner,
-                self._policy,
-                clock=self._clock,
-                sleep=self._sleep,
-                progress=self._progress,
-                on_retry=self._on_retry,
-                uniform=self._uniform,
-            )
+            yield self._like(inner, self._errand)
+
+    def on(self, errand: Errand) -> Store:
+        return self._like(self._inner, errand)
+
+    def _like(self, inner: Store, errand: Errand | None) -> "RetryingStore":
+        return RetryingStore(
+            inner,
+            self._policy,
+            clock=self._clock,
+            sleep=self._sleep,
+            progress=self._progress,
+            on_retry=self._on_retry,
+            uniform=self._uniform,
+            errand=errand,
+            contact=self._contact,
+        )
 
     def head(self, key: str) -> Entry | None:
         return self._try("head", key, lambda: self._inner.head(key))
@@ -135,6 +156,7 @@ class RetryingStore(Store):
         So after an error that is `unanswered` read the object: what stands there tells. After another one nothing was changed.
         """
         self._try("replace", key, lambda: self._inner.replace(key, data, old))
+        self._acknowledged()
 
     def remove(self, key: str, old: Version) -> None:
         """As the contract says. After a try without an answer the object is read before another is sent.
@@ -183,66 +205,151 @@ class RetryingStore(Store):
         self._try("abort_upload", upload.key, lambda: self._inner.abort_upload(upload))
 
     def close(self) -> None:
+        if self._contact is not None:
+            self._contact.close()
         self._inner.close()
 
+    def _acknowledged(self) -> None:
+        if self._errand is not None:
+            self._errand.acknowledged()
+
     def _try(self, operation: str, key: str, call: Callable[[], T], *, deadline_s: float | None = None) -> T:
-        """The answer of `call`, or its first failure that is not transient, or `DeadlineExceededError`."""
-        started_s = self._clock()
+        """The answer of `call`, or its first failure that is not transient, or `DeadlineExceededError`.
+
+        With `deadline_s` the errand is not asked: what was begun is taken back also when it was given up.
+        """
+        errand = self._errand if deadline_s is None else None
+        if errand is not None and errand.given_up:
+            raise _never_sent(operation, key)
+        contact = self._contact
+        if contact is None:
+            return self._try_in_time(operation, key, call, errand, deadline_s)
+        ticket = contact.asks()
+        try:
+            return self._try_in_time(operation, key, lambda: _told(contact, call), errand, deadline_s)
+        finally:
+            contact.ends(ticket)
+
+    def _try_in_time(
+        self, operation: str, key: str, call: Callable[[], T], errand: Errand | None, deadline_s: float | None
+    ) -> T:
+        began_s = self._clock()
         try:
             return (
                 call()
             )  # nearly every request ends here, and tenacity's machinery costs more than a read of a megabyte
         except TransientStoreError as error:
-            failures = [error]
-            unanswered = error.unanswered
+            trial = _Trial(operation, key, call, error, began_s)
+        if errand is None:
+            end_s = began_s + (self._policy.deadline_s if deadline_s is None else deadline_s)
+            return self._try_again(trial, end_s, None)
+        errand.fails(began_s)
+        try:
+            return self._try_again(trial, math.inf, errand)
+        finally:
+            errand.ends()
 
-        def again() -> T:
-            nonlocal unanswered
-            try:
-                if failures:
-                    raise failures.pop()
-                return call()
-            except StoreError as error:
-                unanswered = error.unanswered = unanswered or error.unanswered
-                raise
+    def _try_again(self, trial: "_Trial[T]", end_s: float, errand: Errand | None) -> T:
+        def is_given_up() -> bool:
+            return errand is not None and errand.given_up
 
-        end_s = started_s + (self._policy.deadline_s if deadline_s is None else deadline_s)
+        first_end_s = min(end_s, trial.began_s + self._policy.first_contact_s)
+
+        def left_s() -> float:
+            return (first_end_s if self._finds_nobody(trial) else end_s) - self._clock()
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TransientStoreError),
-            stop=lambda _: self._clock() >= end_s,
-            wait=lambda state: min(self._wait_s(state.attempt_number), max(end_s - self._clock(), 0.0)),
-            sleep=self._sleep_alive,
-            before_sleep=lambda state: self._tell(operation, key, state),
+            stop=lambda _: is_given_up() or left_s() <= 0,
+            wait=lambda state: min(self._wait_s(state.attempt_number), max(left_s(), 0.0)),
+            sleep=lambda wait_s: self._sleep_alive(wait_s, errand),
+            before_sleep=lambda state: self._tell(trial, state),
         )
         try:
-            return retrying(again)
-        except tenacity.RetryError as error:
-            tries = error.last_attempt.attempt_number
-            last = error.last_attempt.exception()
-            about = (last.key if isinstance(last, StoreError) else None) or key
-            took_s = self._clock() - started_s
+            return retrying(lambda: trial.again(is_given_up()))
+        except tenacity.RetryError:
+            took_s = self._clock() - trial.began_s
+            if self._finds_nobody(trial) and self._clock() >= first_end_s:
+                raise _nobody(trial, took_s) from trial.last
             late = DeadlineExceededError(
-                f"{operation} failed for {took_s:.0f} s, {tries} tries; the last said: {told(last)}", key=about
+                f"{trial.operation} failed for {took_s:.0f} s, {trial.tries} tries; the last said: {told(trial.last)}",
+                key=trial.last.key or trial.key,
             )
-            late.unanswered = unanswered
-            raise late from last
+            late.unanswered = trial.last.unanswered
+            raise late from trial.last
+
+    def _finds_nobody(self, trial: "_Trial[T]") -> bool:
+        """Whether this is first contact, and nobody is found there: rather a wrong address than an outage."""
+        return self._contact is not None and trial.last.unreached and not self._contact.is_met
 
     def _wait_s(self, tries: int) -> float:
         bound_s = min(self._policy.first_wait_s * 2.0 ** min(tries - 1, 60), self._policy.max_wait_s)
         return self._uniform(0.0, bound_s)
 
-    def _sleep_alive(self, wait_s: float) -> None:
-        while wait_s > 0:
+    def _sleep_alive(self, wait_s: float, errand: Errand | None) -> None:
+        while wait_s > 0 and not (errand is not None and errand.given_up):
             self._progress()
-            self._sleep(min(wait_s, _SLICE_S))
+            (self._sleep if errand is None else errand.sleep)(min(wait_s, _SLICE_S))
             wait_s -= _SLICE_S
         self._progress()
 
-    def _tell(self, operation: str, key: str, state: tenacity.RetryCallState) -> None:
+    def _tell(self, trial: "_Trial[T]", state: tenacity.RetryCallState) -> None:
         wait_s = state.next_action.sleep if state.next_action else 0.0
-        error = state.outcome.exception() if state.outcome else None
-        _LOG.info("%s of %s failed and is tried again in %.1f s: %s", operation, key, wait_s, error)
-        self._on_retry(StoreRetried(operation, key, state.attempt_number, wait_s, str(error)))
+        _LOG.info("%s of %s failed and is tried again in %.1f s: %s", trial.operation, trial.key, wait_s, trial.last)
+        told = self._errand.retried if self._errand is not None else None
+        (told or self._on_retry)(StoreRetried(trial.operation, trial.key, trial.tries, wait_s, str(trial.last)))
+
+
+@dataclass(slots=True)
+class _Trial(Generic[T]):
+    """A request whose first try failed. `last`: what the latest one said, `unanswered` if any of them had no answer."""
+
+    operation: str
+    key: str
+    call: Callable[[], T]
+    last: TransientStoreError
+    began_s: float
+    tries: int = 0
+
+    def again(self, given_up: bool) -> T:
+        """The next try. The first one is over, and whoever was woken from a wait because all is given up sends nothing."""
+        if not self.tries or given_up:
+            self.tries = max(self.tries, 1)
+            raise self.last
+        self.tries += 1
+        try:
+            return self.call()
+        except StoreError as error:
+            error.unanswered = self.last.unanswered or error.unanswered
+            if isinstance(error, TransientStoreError):
+                self.last = error
+            raise
+
+
+def _told(contact: Contact, call: Callable[[], T]) -> T:
+    """The answer of one try, of which the contact hears."""
+    try:
+        answer = call()
+    except StoreError as error:
+        contact.fails(error)
+        raise
+    contact.answers()
+    return answer
+
+
+def _nobody(trial: _Trial[Any], took_s: float) -> StoreNotFoundError:
+    return StoreNotFoundError(
+        f"nobody answers there, and nobody ever did: {trial.tries} tries of {trial.operation} in {took_s:.0f} s; the last said: {trial.last.message}; "
+        "check the endpoint (S3Options(endpoint_url=...), AWS_ENDPOINT_URL_S3), the network and the proxy. If the store only starts "
+        "later than this, raise RetryPolicy.first_contact_s",
+        key=trial.key,
+    )
+
+
+def _never_sent(operation: str, key: str) -> DeadlineExceededError:
+    error = DeadlineExceededError(f"{operation} was not sent: what it is for has been given up", key=key)
+    error.unanswered = False
+    return error
 
 
 class _RetryingUpload(Upload):
@@ -255,13 +362,17 @@ class _RetryingUpload(Upload):
 
     def write(self, part: int, offset: int, data: Buffers) -> None:
         self._store._try("write", self._key, lambda: self._inner.write(part, offset, data))
+        self._store._acknowledged()
 
     def complete(self) -> None:
         self._store._try("complete", self._key, self._inner.complete)
+        self._store._acknowledged()
 
     def abort(self) -> None:
         """Never raises: what could not be aborted is logged, and a lifecycle rule of the bucket removes it."""
-        deadline_s = min(_ABORT_DEADLINE_S, self._store._policy.deadline_s)
+        errand = self._store._errand
+        left_s = _ABORT_DEADLINE_S if errand is None else errand.cleanup_left_s()
+        deadline_s = min(left_s, self._store._policy.deadline_s)
         try:
             self._store._try("abort", self._key, self._inner.abort, deadline_s=deadline_s)
         except StoreError as error:

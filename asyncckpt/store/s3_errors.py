@@ -83,6 +83,7 @@ _CONNECTION = (
 )
 _THEIRS = (boto.BotoCoreError, *_CONNECTION)  # whose text says enough without the type
 _UNSENT = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
+_NOBODY = (boto.EndpointConnectionError, boto.ProxyConnectionError)
 _DONE_NOTHING = """
     BadDigest BandwidthLimitExceeded ConditionalRequestConflict IncompleteBody OperationAborted PriorRequestNotComplete
     RequestLimitExceeded RequestThrottled RequestTimeout RequestTimeoutException SlowDown SlowDownRead SlowDownWrite Throttling
@@ -151,6 +152,7 @@ def mapped(error: Exception, operation: str, key: str, bucket: str = "") -> Stor
     text = f"{operation}: {redact(str(error) if isinstance(error, _THEIRS) else f'{type(error).__name__}: {error}')}"
     found = kind(f"{text}; {way_out}" if way_out else text, key=key)
     found.unanswered = kind is TransientStoreError and not isinstance(error, _UNSENT)
+    found.unreached = _finds_nobody(error)
     return found
 
 
@@ -174,12 +176,13 @@ def _mapped_answer(
         text += f"; this host says {times[0]}, the store says {times[1]}"
     region = facts.get("Region") or headers.get("x-amz-bucket-region")
     if kind is StoreNotFoundError and region:
-        return StoreNotFoundError(
-            f"{text}; the bucket is in region {region}: set S3Options(region={region!r})", key=key
-        )
+        way_out = f"the bucket is in region {region}: set S3Options(region={region!r})"
+    else:
+        way_out = _WAY_OUT.get(kind, "")
     if code == "InvalidObjectState":
         text += "; the object is archived: restore it from the archive first"
-    found = kind(f"{text}; {_WAY_OUT[kind]}" if kind in _WAY_OUT else text, key=key)
+    found = kind(f"{text}; {way_out}" if way_out else text, key=key)
+    found.status = status
     refused = (code in _REFUSED or status == 429) and status < 500
     found.unanswered = kind is TransientStoreError and not refused
     return found
@@ -270,6 +273,14 @@ def _is_of_parser(error: Exception) -> bool:
 def _is_mistake(error: Exception) -> bool:
     """Whether botocore's catch-all for the wire holds something that no network does."""
     return type(error) is boto.HTTPClientError and not isinstance(error.kwargs.get("error"), _WIRE)
+
+
+def _finds_nobody(error: Exception) -> bool:
+    """Whether it says: refused, no such host, no route. A timeout does not, nor does a connection that was taken and then reset."""
+    if not isinstance(error, _NOBODY):
+        return False
+    inner = error.kwargs.get("error")
+    return not isinstance(getattr(inner, "__cause__", None), ConnectionResetError)
 
 
 def _distrusts_certificate(error: BaseException | None) -> bool:

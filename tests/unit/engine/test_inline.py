@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import pytest
 
@@ -9,12 +10,14 @@ from asyncckpt import KeepLast, RetryPolicy, errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import SaveJob
+from asyncckpt.engine.pipeline import ByteBudget
 from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
 from asyncckpt.restore import load
 from asyncckpt.state.statefile import write_state
 from asyncckpt.store.memory import MemoryStore
 from asyncckpt.store.retry import RetryingStore
 from tests.faulty import FaultyStore
+from tests.processes import eventually
 
 PATIENCE_S = 15.0
 
@@ -43,17 +46,28 @@ class Answers:
 
 
 class Rig:
-    def __init__(self, store, keep=()):
+    def __init__(self, store, keep=(), *, codec="none", shard_bytes=None, retry=None):
         tensors = tuple(TensorSpec(0, f"t{number}", "float32", (1000,)) for number in range(3))
         tree = {"dict": {"m": {"dict": {f"t{number}": "tensor" for number in range(3)}}}}
-        self.plan = plan(Structure((Group("m", "m"),), tensors, (), tree), codec="none")
+        self.plan = plan(Structure((Group("m", "m"),), tensors, (), tree), codec=codec, shard_bytes=shard_bytes)
+        self.shard_bytes = shard_bytes
         self.answers = Answers()
         self.arena = Arena.create(1, self.plan.arena_bytes, shared=False)
-        self.engine = InlineEngine(store, keep, self.answers)
+        self.engine = InlineEngine(store, keep, self.answers, retry=retry)
 
     def submit(self, number, step=None, **fields):
         step = number if step is None else step
-        job = SaveJob(number, step, f"aaaaaaaa-{number:06d}", 1, 1, "none", time_s=0.0, **fields)
+        job = SaveJob(
+            number,
+            step,
+            f"aaaaaaaa-{number:06d}",
+            structure=1,
+            arena=1,
+            codec=self.plan.codec,
+            shard_bytes=self.shard_bytes,
+            time_s=0.0,
+            **fields,
+        )
         self.engine.submit(job, self.plan, self.arena, write_state({}))
 
     def close(self):
@@ -153,7 +167,7 @@ def test_a_store_that_loses_every_upload_fails_the_save_and_says_so():
         MemoryStore(), range(100), operations={"write"}, error=lambda: errors.UploadLostError("NoSuchUpload")
     )
     rig = Rig(lost)
-    rig.engine._pipeline.part_bytes = 10**4
+    rig.engine._pipeline.part_bytes = 6000
     rig.submit(1)
     assert isinstance(rig.answers.of(1)[1], errors.UploadLostError)
     rig.submit(2)
@@ -195,3 +209,36 @@ def test_what_was_tried_again_holds_no_view_of_the_arena(operation):
         assert rig.arena.buffer.closed
     finally:
         gc.enable()
+
+
+def quick(deadline_s):
+    return RetryPolicy(deadline_s=deadline_s, first_wait_s=0.01, max_wait_s=0.05)
+
+
+def test_an_encoder_that_waits_for_its_uploads_is_freed_when_the_save_is_given_up():
+    """The engine's own thread encodes: nobody else could look at the clock."""
+    inner = FaultyStore(MemoryStore(), range(1, 10**6), operations={"put"})
+    rig = Rig(RetryingStore(inner, quick(0.3)), codec="zstd", shard_bytes=1, retry=quick(0.3))
+    rig.engine._pipeline.budget = ByteBudget(1)
+    rig.submit(1)
+    _, error = rig.answers.of(1)
+    assert isinstance(error, errors.DeadlineExceededError)
+    assert "injected" in error.message
+    inner.fail = ()
+    rig.submit(2)
+    assert rig.answers.of(2)[0].result == "committed"
+    rig.close()
+
+
+def test_close_does_not_wait_for_the_removal_behind_a_failed_save():
+    inner = FaultyStore(MemoryStore(), range(1, 10**6))
+    before = threading.active_count()
+    rig = Rig(RetryingStore(inner, quick(0.3)), retry=quick(0.3))
+    rig.submit(1)
+    assert isinstance(rig.answers.of(1)[1], errors.DeadlineExceededError)
+    began_s = time.monotonic()
+    rig.close()
+    assert time.monotonic() - began_s < 2
+    inner.fail = ()  # the store is back, and the removal ends
+    eventually(lambda: threading.active_count() == before, "the engine has ended by itself")
+    assert list(inner.inner.list()) == []

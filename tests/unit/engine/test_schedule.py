@@ -36,10 +36,11 @@ def finish(schedule, task, *, exists=False, result="committed"):
 class Walk:
     """One way through a save, along a list of choices; what could have been chosen at each point is remembered."""
 
-    def __init__(self, choices, *, shards, retention, collection=False, staged=True, harm=2):
+    def __init__(self, choices, *, shards, retention, collection=False, staged=True, harm=2, late=False):
         self.choices = choices
         self.branches = []
-        self.schedule = Schedule(retention=retention, collection=collection)
+        self.schedule = Schedule(retention=retention, collection=collection, deadline_s=600)
+        self.late = late  # its shards are encoded before they are stored, and its clock may run out
         self.run = self.schedule.submit(job(), shards, staged=staged)
         self.copying = not staged
         self.running = []
@@ -76,9 +77,23 @@ class Walk:
                 found += [(task, "failed"), (task, "worker died")]
                 found += [(task, "nobody knows")] if task.kind == "commit" else []
                 found += [(task, "lost its upload")] if task.kind == "shard" else []
+        if self.late:
+            found += [(task, "encoded") for task in self.running if task.encoding]
+            said = [what for kind, what in self.kinds if kind == "clock"]
+            found += [(None, "late")] if not said and self.running and not self.ended else []
+            found += [(None, "later")] if said == ["late"] and not self.ended else []
         return found
 
     def follow(self, task, what):
+        if what in ("late", "later"):
+            self.kinds.append(("clock", what))
+            self.run.clock.fails("somebody", 0.0)
+            for ended in self.schedule.look(600.0 if what == "late" else 601.0):
+                self.answer(ended)
+            return
+        if what == "encoded":
+            self.answer(self.schedule.encoded(task.number))
+            return
         if task is None:
             self.snapshot(what)
             return
@@ -114,7 +129,8 @@ class Walk:
 
     def answer(self, ended):
         if ended is not None:
-            busy = [other.kind for other in self.running if other.kind in ("shard", "commit")]
+            unknown = isinstance(ended.error, errors.CommitUnknownError)
+            busy = [task.kind for task in self.running if task.encoding or (task.kind == "commit" and not unknown)]
             assert not busy, f"the arena may be written again while {busy} still read it"
             self.ended.append(ended)
 
@@ -131,6 +147,31 @@ def every_walk(**options):
         if not choices:
             return
         choices[-1] += 1
+
+
+def test_every_order_of_a_save_that_may_be_given_up_ends_in_one_answer():
+    ways = 0
+    for staged, retention in ((True, True), (False, False)):
+        for walk in every_walk(shards=1, retention=retention, staged=staged, harm=1, late=True):
+            assert len(walk.ended) == 1, f"{len(walk.ended)} answers after {walk.kinds}"
+            (ended,) = walk.ended
+            assert (ended.outcome is None) != (ended.error is None), walk.kinds
+            kinds = [kind for kind, _ in walk.kinds]
+            committed = ("commit", "done") in walk.kinds
+            if (
+                committed
+                or {("commit", "worker died"), ("commit", "nobody knows")} & set(walk.kinds)
+                or isinstance(ended.error, errors.CommitUnknownError)
+            ):
+                assert "abandon" not in kinds, walk.kinds
+            else:
+                assert [kind for kind, what in walk.kinds if what != "worker died"][-1] == "abandon", walk.kinds
+            if committed:
+                assert ended.error is None or isinstance(ended.error, errors.CommitUnknownError), walk.kinds
+            if ended.outcome is not None and ended.outcome.result == "committed":
+                assert committed
+            ways += 1
+    assert ways > 1000
 
 
 def check_walk(walk, *, retention):

@@ -5,7 +5,8 @@ import os
 from asyncckpt import errors
 from asyncckpt.engine.job import SaveJob, ShardReceipt, rules_from_json, rules_to_json
 from asyncckpt.engine.pipeline import Pipeline
-from asyncckpt.engine.worker import TaskRunner, close_all_but
+from asyncckpt.engine.tasks import TaskRunner
+from asyncckpt.engine.worker import close_all_but
 from asyncckpt.format.plan import Group, Structure, TensorSpec
 from asyncckpt.options import KeepEvery, KeepLast
 from asyncckpt.store.memory import MemoryStore

@@ -19,6 +19,7 @@ from asyncckpt.errors import (
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
 from asyncckpt.store.base import Version
+from asyncckpt.store.errand import Errand, within
 from asyncckpt.store.memory import MemoryStore
 from asyncckpt.store.retry import RetryingStore
 from tests.faulty import FaultyStore
@@ -282,3 +283,69 @@ def test_a_removal_that_did_not_arrive_is_sent_again(time: Time) -> None:
     retrying(inner, time).remove("key", Version(b"old", ""))
     assert len(inner.calls) == 3
     assert inner.inner.head("key") is None
+
+
+def retrying_on(errand: Errand, inner: FaultyStore, time: Time) -> RetryingStore:
+    """Under a clock that moves while the errand waits."""
+    errand.sleep = time.sleep  # type: ignore[method-assign]
+    return retrying(inner, time).on(errand)
+
+
+def test_requests_of_an_errand_have_no_deadline_of_their_own(time: Time) -> None:
+    store = retrying_on(Errand(), FaultyStore(MemoryStore(), range(1, 200)), time)
+    store.put("key", [b"x"])
+    assert time.now_s > 1000 + 2 * 600
+
+
+def test_an_errand_that_is_given_up_ends_the_wait_and_sends_nothing_more(time: Time) -> None:
+    inner = FaultyStore(MemoryStore(), ALWAYS, error=lambda: TransientStoreError("SlowDown"))
+    errand = Errand(retried=lambda event: errand.give_up() if event.tries == 3 else None)
+    store = retrying_on(errand, inner, time)
+    with pytest.raises(DeadlineExceededError, match="3 tries; the last said: SlowDown") as caught:
+        store.put("key", [b"x"])
+    assert caught.value.unanswered
+    assert len(inner.calls) == 3
+    with pytest.raises(DeadlineExceededError, match="not sent") as caught:
+        store.put("another", [b"x"])
+    assert not caught.value.unanswered, "it never left this host"
+    assert len(inner.calls) == 3
+
+
+def test_an_errand_hears_when_its_requests_begin_to_fail_and_when_none_does(time: Time) -> None:
+    told: list[object] = []
+    errand = Errand(
+        failing=lambda sent_s: told.append(("failing", sent_s)),
+        eased=lambda: told.append("eased"),
+        acknowledged=lambda: told.append("acknowledged"),
+        retried=lambda event: told.append(event.operation),
+    )
+    store = retrying_on(errand, FaultyStore(MemoryStore(), {1, 2, 4}), time)
+    store.put("key", [b"x"])
+    store.head("key")
+    upload = store.start_upload("other")
+    upload.write(1, 0, [b"x"])
+    upload.complete()
+    assert told == [
+        *(("failing", 1000.0), "put", "put", "eased", "acknowledged"),
+        *(("failing", time.now_s - time.slept[-1]), "head", "eased", "acknowledged", "acknowledged"),
+    ]
+
+
+def test_what_an_errand_left_half_done_is_taken_back_within_one_minute_in_all(time: Time) -> None:
+    inner = FaultyStore(MemoryStore(), ALWAYS, operations={"abort"})
+    errand = Errand(clock=time.clock)
+    store = retrying_on(errand, inner, time)
+    uploads = [store.start_upload(name) for name in "abc"]
+    errand.give_up()
+    for upload in uploads:
+        upload.abort()
+    assert len(inner.calls) > 3, "it is tried although the errand is given up"
+    assert time.now_s <= 1000 + 60
+
+
+def test_an_errand_within_a_time_is_given_up_at_its_end(time: Time) -> None:
+    inner = FaultyStore(MemoryStore(), ALWAYS)
+    store = retrying_on(within(60, clock=time.clock), inner, time)
+    with pytest.raises(DeadlineExceededError):
+        store.head("key")
+    assert 1060 <= time.now_s <= 1061
