@@ -35,6 +35,7 @@ from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
 
 _LOG = logging.getLogger("asyncckpt")
+_TOLD_STEPS = 10  # of a warning about thousands
 
 Engine = ServiceEngine | InlineEngine
 StartEngine = Callable[[Listener, Callable[[], str]], Engine]
@@ -86,6 +87,7 @@ class Launcher:
         self._engine: Engine | None = None
         self._probed = False
         self._foreign: set[int] = set()
+        self._told_causes: set[tuple[type, type, tuple[int, ...]]] = set()
         self._touching: list[threading.Thread] = []
 
     def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
@@ -200,7 +202,17 @@ class Launcher:
                 "Delete them by hand, or with Run(url).rewind(step), if nobody needs them",
                 ", ".join(map(str, event.steps)),
             )
+        if isinstance(event, events.RetentionFailed | events.LeftoversRemain) and self._is_new_cause(event):
+            _LOG.warning("%s", _warning_of(event))
         self._hooks(event)
+
+    def _is_new_cause(self, event: events.RetentionFailed | events.LeftoversRemain) -> bool:
+        """Once for each kind of a store's failure, and once for each record that cannot be read."""
+        steps = event.steps if isinstance(event, events.RetentionFailed) else ()
+        cause = (type(event), type(event.error), () if isinstance(event.error, errors.StoreError) else steps)
+        is_new = cause not in self._told_causes
+        self._told_causes.add(cause)
+        return is_new
 
     def _new_foreign(self, event: events.ForeignCheckpoints) -> events.ForeignCheckpoints:
         """What no other worker told before."""
@@ -315,6 +327,18 @@ class Launcher:
 def _lacks_room(error: Exception) -> bool:
     """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
     return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)
+
+
+def _warning_of(event: events.RetentionFailed | events.LeftoversRemain) -> str:
+    why = f"{type(event.error).__name__}: {event.error}"
+    if isinstance(event, events.LeftoversRemain):
+        return f"what failed saves or dead writers left could not be removed; a later run tries again. {why}"
+    if not event.steps:
+        return (
+            f"retention could not look at the checkpoints, removes nothing, and tries again after the next save. {why}"
+        )
+    told = ", ".join(map(str, event.steps[:_TOLD_STEPS])) + (", ..." if len(event.steps) > _TOLD_STEPS else "")
+    return f"retention leaves step(s) {told} in place, and goes on with the others. It says so once. {why}"
 
 
 def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:

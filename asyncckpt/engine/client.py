@@ -17,6 +17,7 @@ from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
 from asyncckpt.engine.submitted import Listener, Submitted
+from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
 
@@ -242,10 +243,9 @@ class ServiceEngine:
             self._listener.event(events.WorkerReplaced(message["reason"]))
         elif kind == "parted":  # it heard that we go, and finishes alone
             self._parted = True
-        elif kind == "removed":
-            self._listener.event(events.CheckpointsRemoved(tuple(message["steps"])))
-        elif kind == "foreign":
-            self._listener.event(events.ForeignCheckpoints(tuple(message["steps"])))
+        elif kind == "upkeep":
+            for event in events_of(message["kind"], message["data"]):
+                self._listener.event(event)
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

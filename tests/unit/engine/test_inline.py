@@ -153,7 +153,7 @@ def test_a_store_that_loses_every_upload_fails_the_save_and_says_so():
         MemoryStore(), range(100), operations={"write"}, error=lambda: errors.UploadLostError("NoSuchUpload")
     )
     rig = Rig(lost)
-    rig.engine._pipeline.part_bytes = 10**4
+    rig.engine._pipeline.part_bytes = 6000
     rig.submit(1)
     assert isinstance(rig.answers.of(1)[1], errors.UploadLostError)
     rig.submit(2)
