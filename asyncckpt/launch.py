@@ -147,6 +147,11 @@ class Launcher:
         for arena in fresh:
             self._arenas.give_back(arena)
 
+    @property
+    def used(self) -> bool:
+        """Whether it holds anything that must be ended."""
+        return self._engine is not None or bool(self._arenas.all())
+
     def close(self, *, wait: bool) -> None:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
@@ -324,11 +329,6 @@ class Launcher:
         return arena
 
 
-def _lacks_room(error: Exception) -> bool:
-    """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
-    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)
-
-
 def _warning_of(event: events.RetentionFailed | events.LeftoversRemain) -> str:
     why = f"{type(event.error).__name__}: {event.error}"
     if isinstance(event, events.LeftoversRemain):
@@ -339,6 +339,11 @@ def _warning_of(event: events.RetentionFailed | events.LeftoversRemain) -> str:
         )
     told = ", ".join(map(str, event.steps[:_TOLD_STEPS])) + (", ..." if len(event.steps) > _TOLD_STEPS else "")
     return f"retention leaves step(s) {told} in place, and goes on with the others. It says so once. {why}"
+
+
+def _lacks_room(error: Exception) -> bool:
+    """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
+    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)
 
 
 def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:

@@ -26,11 +26,6 @@ _MAP_FIXED = 0x10
 _COUNTER_BYTES = 8
 
 
-def has_memory_files() -> bool:
-    """Whether the kernel has memory files, and so the service can be used."""
-    return hasattr(os, "memfd_create")
-
-
 class Arena:
     """`buffer`: the map, `address`: where it begins, `fd`: the memory file or None (an anonymous map).
 

@@ -55,7 +55,10 @@ def first_good(
 
 @contextmanager
 def reading(store: Store, step: int, attempt: str | None = None) -> Iterator[None]:
-    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage."""
+    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage.
+
+    Nor is a machine without memory: that is told as a `CheckpointError`.
+    """
     try:
         yield
     except errors.MissingShardError as error:

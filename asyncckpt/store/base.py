@@ -138,6 +138,10 @@ class Store(ABC):
     def start_upload(self, key: str) -> Upload:
         """Begin an object of unknown size."""
 
+    def part_bytes(self, most_bytes: int) -> int:
+        """How large the next part of an upload should be, as its connections are now: `most_bytes`, or less on a slow link."""
+        return max(most_bytes, self.min_part_bytes)
+
     def gather(self) -> list[Buffer]:
         """An empty list for the buffers of one `put` or `write`, to be filled by `append` alone.
 

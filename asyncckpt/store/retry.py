@@ -82,6 +82,9 @@ class RetryingStore(Store):
     def start_upload(self, key: str) -> Upload:
         return _RetryingUpload(self, key, self._try("start_upload", key, lambda: self._inner.start_upload(key)))
 
+    def part_bytes(self, most_bytes: int) -> int:
+        return self._inner.part_bytes(most_bytes)
+
     def gather(self) -> list[Buffer]:
         return self._inner.gather()
 

@@ -5,14 +5,22 @@ import ipaddress
 import re
 import warnings
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
+from botocore.awsrequest import (
+    AWSHTTPConnection,
+    AWSHTTPConnectionPool,
+    AWSHTTPSConnection,
+    AWSHTTPSConnectionPool,
+)
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
+from urllib3.connection import HTTPConnection
 
 from asyncckpt.errors import TransientStoreError
 from asyncckpt.options import S3Options
@@ -20,11 +28,13 @@ from asyncckpt.store.base import Buffers, Progress, byte_views
 from asyncckpt.store.s3_answers import judging
 from asyncckpt.store.s3_credentials import Programs
 from asyncckpt.store.s3_errors import remember
+from asyncckpt.store.watch import answered, attend
 
 CONNECTIONS = 32
 CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 30.0  # also bounds the sending of one piece of a body; a worker counts as hung after twice as long
-_PIECE_BYTES = 2**21  # within the timeout above: 70 kB/s is the slowest connection that is not given up
+READ_TIMEOUT_S = 30.0  # of a connection that nobody watches: also bounds the sending of one piece of a body
+WATCHED_TIMEOUT_S = 600.0  # a watch decides earlier
+_PIECE_BYTES = 2**21
 _SMALL_BYTES = 2**16
 
 
@@ -62,6 +72,51 @@ class Expectation:
             raise refused
 
 
+class _Attended(HTTPConnection):
+    """A connection that says which socket the request of its thread goes over, so that a watch can look at it.
+
+    botocore and urllib3 bound the sending of a piece by the timeout of connecting, and the answer from the moment when the last piece is in
+    the kernel's buffer: on a thin link both are too early.
+    """
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        self.sock.settimeout(self._timeout_s())
+        super().send(data)
+
+    def getresponse(self) -> Any:
+        self.timeout = self._timeout_s()
+        answer = super().getresponse()
+        answered()
+        return answer
+
+    def _timeout_s(self) -> float:
+        return WATCHED_TIMEOUT_S if attend(self.sock) else READ_TIMEOUT_S
+
+
+class _Connection(_Attended, AWSHTTPConnection):  # type: ignore[misc]  # the mixture is botocore's own
+    pass
+
+
+class _TlsConnection(_Attended, AWSHTTPSConnection):  # type: ignore[misc]  # as above
+    pass
+
+
+class _Pool(AWSHTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(AWSHTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+def _make_watchable(client: Any) -> None:
+    """There is no public way to name the class of a client's connections. Without it the timeouts above hold."""
+    with suppress(AttributeError):
+        client._endpoint.http_session._pool_classes_by_scheme.update(http=_Pool, https=_TlsPool)
+
+
 def make_client(options: S3Options, expectation: Expectation, programs: Programs | None = None) -> Any:
     """A client with one attempt a request: `RetryingStore` asks again, with a deadline instead of botocore's quota.
 
@@ -75,6 +130,7 @@ def make_client(options: S3Options, expectation: Expectation, programs: Programs
         endpoint_url = client.meta.endpoint_url
         client.close()
         client = session.client("s3", config=_config(options, endpoint_url))
+    _make_watchable(client)
     client.meta.events.register_last("before-call.s3", expectation.apply)
     client.meta.events.register_last("before-parse.s3", expectation.hear)
     client.meta.events.register_last("before-parse.s3", judging(client.meta.endpoint_url))

@@ -91,6 +91,7 @@ _REFUSED = frozenset(_DONE_NOTHING.split())
 """Answers of S3 that say that nothing was done. With a status of 500 or more they prove nothing: a gateway may say so while it works."""
 CHANGED = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 """What arrived is not what was sent."""
+_TOO_MUCH = frozenset({0, 408, 429, 503, 504})  # 0: there was no answer
 _CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -213,6 +214,11 @@ def remember(*credentials: str | None) -> None:
     for secret in credentials:
         if secret and len(secret) >= _LEAST_CHARACTERS and secret not in _sent:
             _sent.append(secret)
+
+
+def slows_down(error: StoreError) -> bool:
+    """Whether less should be sent at once: the store says so, or a connection died or timed out."""
+    return isinstance(error, TransientStoreError) and status_of(error.__cause__) in _TOO_MUCH
 
 
 def redact(text: str) -> str:

@@ -1,6 +1,7 @@
 """The service and its workers are killed, stopped and starved; the save commits, or says why not, and nothing hangs."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -193,6 +194,23 @@ def test_a_service_that_cannot_run_fails_the_save_with_its_last_words(tmp_path, 
     with pytest.raises(errors.WorkerDiedError, match="no such library"):
         saver.save(1, numbered(1)).result(PATIENCE_S)
     saver.close()
+
+
+def test_a_service_that_cannot_be_greeted_leaves_no_process_and_no_descriptor(tmp_path, monkeypatch):
+    from asyncckpt.engine import spawn
+
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Saver(tmp_path) as saver:
+        before = descriptors(), children(os.getpid())
+        with monkeypatch.context() as patched:
+            patched.setattr(spawn.Channel, "send", full)
+            with pytest.raises(errors.CheckpointError, match="Too many open files"):
+                saver.save(1, numbered(1))
+        left = {fd: target for fd, target in descriptors().items() if "arena" not in target}
+        assert (left, children(os.getpid())) == before
+        saver.save(1, numbered(1)).result(PATIENCE_S)
 
 
 def test_a_service_that_is_frozen_does_not_block_wait_for_ever(held_saver, proxy, s3_url, seen):

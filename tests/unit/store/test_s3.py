@@ -169,15 +169,6 @@ def test_a_listing_leaves_foreign_objects_out(store: S3Store) -> None:
     assert [entry.key for entry in store.list()] == ["ok"]
 
 
-def test_a_body_cut_short_is_transient_and_never_short_data(proxy: Proxy, proxied: S3Store) -> None:
-    proxied.put("a", [bytes(1_000_000)])
-    proxy.truncate_response_bytes = 400_000
-    with pytest.raises(TransientStoreError):
-        proxied.get("a", max_bytes=10**7)
-    with pytest.raises(TransientStoreError):
-        proxied.get_into("a", 10, memoryview(bytearray(900_000)))
-
-
 def test_an_outage_is_ridden_through(proxy: Proxy, proxied: S3Store) -> None:
     refused = threading.Event()
     store = RetryingStore(proxied, QUICK, on_retry=lambda _: refused.set())
