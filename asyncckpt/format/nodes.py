@@ -60,7 +60,7 @@ def _check_leaf(leaf: str, path: str, tensor: IndexedTensor) -> None:
     if leaf == "ndarray" and tensor.dtype not in SCALARS:
         raise RecordError(f"the tree has an array of {tensor.dtype}, a type that NumPy lacks", key=path)
     if leaf == "bytes" and (tensor.dtype != "uint8" or len(tensor.shape) != 1):
-        raise RecordError("the tree describes as bytes what is another tensor", key=path)
+        raise RecordError(f"the tree describes {path!r} as bytes, and stores another tensor", key=path)
 
 
 def _children(node: Any) -> Collection[tuple[Any, Any]]:

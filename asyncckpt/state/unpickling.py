@@ -1,4 +1,4 @@
-"""A pickle of plain values, read by an interpreter that can do nothing else: it imports nothing, and its memory and time are bounded.
+"""A pickle of plain values, read by an interpreter that can do nothing else, within bounds of memory or time.
 
 Whoever wrote the pickle may want harm. Each opcode makes at most some 20 bytes for each of its own, calls make no more than an honest
 writer's did, and nothing that may be nested is ever hashed: a hash of tuples within tuples ends the process.
