@@ -110,7 +110,8 @@ class ServiceEngine:
             self._closing = True
             self._heard_s = time.monotonic()
         end_s = time.monotonic() + (self._options.silent_s if wait else 0)
-        self._rested.wait(end_s - time.monotonic())  # what retention has to tell is heard until then
+        if not self._submitted:  # what retention has to tell is heard until then
+            self._rested.wait(end_s - time.monotonic())
         with self._lock:
             self._service.hang_up()
         self._thread.join()
