@@ -1,6 +1,7 @@
 """One save from the state to the engine: flatten, plan, take an arena, snapshot, hand over; and the answer's way back."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import logging
@@ -16,7 +17,7 @@ import torch
 
 import asyncckpt
 from asyncckpt import errors, events
-from asyncckpt.engine.arena import Arena, ArenaPool
+from asyncckpt.engine.arena import Arena, ArenaPool, why_none
 from asyncckpt.engine.choice import CodecChoice
 from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
@@ -140,10 +141,16 @@ class Launcher:
         thread = threading.Thread(
             target=_touch, args=(self._copier, planned.plan, fresh, device), name="asyncckpt-touch", daemon=True
         )
-        thread.start()
-        self._touching.append(thread)
+        with contextlib.suppress(RuntimeError):  # the limit of threads: the first save touches the pages
+            thread.start()
+            self._touching.append(thread)
         for arena in fresh:
             self._arenas.give_back(arena)
+
+    @property
+    def used(self) -> bool:
+        """Whether it holds anything that must be ended."""
+        return self._engine is not None or bool(self._arenas.all())
 
     def close(self, *, wait: bool) -> None:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
@@ -263,8 +270,11 @@ class Launcher:
         if self._engine is None:
             try:
                 self._engine = self._start_engine(self, self._next_attempt)
-            except OSError as error:
-                raise errors.CheckpointError(f"the checkpoint service could not be started: {error}") from error
+            except (OSError, RuntimeError) as error:
+                way_out = (
+                    "; raise the limit of processes and threads (ulimit -u, pids.max)" if _lacks_room(error) else ""
+                )
+                raise errors.CheckpointError(f"the checkpoint engine could not be started: {error}{way_out}") from error
         return self._engine
 
     def _next_attempt(self) -> str:
@@ -307,7 +317,7 @@ class Launcher:
         try:
             taken = self._arenas.take(layout.arena_bytes, make_bytes=room_bytes(layout))
         except (OSError, MemoryError, OverflowError, ValueError) as error:
-            raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
+            raise errors.SnapshotError(why_none(layout.arena_bytes, error)) from error
         if taken is None:
             return None
         arena, replaced = taken
@@ -329,6 +339,11 @@ def _warning_of(event: events.RetentionFailed | events.LeftoversRemain) -> str:
         )
     told = ", ".join(map(str, event.steps[:_TOLD_STEPS])) + (", ..." if len(event.steps) > _TOLD_STEPS else "")
     return f"retention leaves step(s) {told} in place, and goes on with the others. It says so once. {why}"
+
+
+def _lacks_room(error: Exception) -> bool:
+    """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
+    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)
 
 
 def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
+from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
+from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess, say_once
 from asyncckpt.engine.submitted import Listener, Submitted
 from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
@@ -46,9 +47,10 @@ class ServiceEngine:
         self._heard_s = time.monotonic()
         self._service = ServiceProcess(options)
         self._thread = threading.Thread(target=self._listen, name="asyncckpt-listener", daemon=True)
-        self._thread.start()
         self._announcer = threading.Thread(target=self._announce_all, name="asyncckpt-announcer", daemon=True)
-        self._announcer.start()
+        if start((self._thread, self._announcer)) < 2:
+            self._give_up()
+            raise RuntimeError("can't start new thread")  # as Python says it
 
     @property
     def pid(self) -> int:
@@ -116,6 +118,14 @@ class ServiceEngine:
             self._service.hang_up()
         self._thread.join()
         self._service.part(max(0.0, end_s - time.monotonic()))
+
+    def _give_up(self) -> None:
+        """End a service that nobody would listen to."""
+        self._closing = True
+        self._service.hang_up()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._service.part(self._options.silent_s)
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, no more."""
@@ -247,6 +257,8 @@ class ServiceEngine:
         elif kind == "upkeep":
             for event in events_of(message["kind"], message["data"]):
                 self._listener.event(event)
+        elif kind == "refused":  # a worker's system call, by the kernel
+            say_once(message["reason"])
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

@@ -28,7 +28,7 @@ class Crew(Generic[Item]):
         """
         threads = [threading.Thread(target=self._work, name=f"asyncckpt-fetch-{n}", daemon=True) for n in range(count)]
         try:
-            if not _start(threads):
+            if not start(threads):
                 self._work()  # at the limit of threads: slower, not stuck
             for thread in threads:
                 while thread.is_alive():
@@ -71,8 +71,8 @@ class Crew(Generic[Item]):
             self._stop(error)
 
 
-def _start(threads: Sequence[threading.Thread]) -> int:
-    """How many could be started; those behind the first that could not are not tried."""
+def start(threads: Sequence[threading.Thread]) -> int:
+    """Start them: how many could be started; those behind the first that could not are not tried."""
     for number, thread in enumerate(threads):
         try:
             thread.start()

@@ -44,12 +44,12 @@ class InlineEngine:
         self._retention = bool(keep)
         self._schedule = Schedule(retention=self._retention, collection=True)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._pipeline = Pipeline(store)
-        self._runner = TaskRunner(store, keep, self._pipeline, self._reply)
         self._staged: dict[int, _Staged] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
-        self._thread.start()
+        self._thread.start()  # first: without the pipeline's threads it is slower, without this one it is nothing
+        self._pipeline = Pipeline(store)
+        self._runner = TaskRunner(store, keep, self._pipeline, self._reply)
 
     def announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
         """Nothing is done ahead: threads of the trainer's own would only slow the copy down."""
