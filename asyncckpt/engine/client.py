@@ -121,7 +121,8 @@ class ServiceEngine:
             self._heard_s = time.monotonic()
         retry = self._options.s3.retry if self._options.s3 else RetryPolicy()
         end_s = time.monotonic() + max(0.0, min(wait_s, parting_s(retry, store_fails=self._store_fails)))
-        self._rested.wait(max(0.0, end_s - time.monotonic()))  # what retention has to tell is heard until then
+        if not self._submitted:  # what retention has to tell is heard until then
+            self._rested.wait(max(0.0, end_s - time.monotonic()))
         with self._lock:
             self._service.hang_up()
         self._thread.join()
