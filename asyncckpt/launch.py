@@ -1,20 +1,17 @@
 """One save from the state to the engine: flatten, plan, take an arena, snapshot, hand over; and the answer's way back."""
 
 import contextlib
-import functools
 import itertools
 import logging
-import platform
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-import asyncckpt
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena, ArenaPool
 from asyncckpt.engine.choice import CodecChoice
@@ -22,6 +19,7 @@ from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.submitted import Listener
+from asyncckpt.flight import Flight, versions
 from asyncckpt.format.plan import Plan
 from asyncckpt.lineage import Arrival
 from asyncckpt.planner import Planned, Planner, room_bytes
@@ -32,35 +30,30 @@ from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
+from asyncckpt.turns import Turns
 
 _LOG = logging.getLogger("asyncckpt")
 
 Engine = ServiceEngine | InlineEngine
-StartEngine = Callable[[Listener, Callable[[], str]], Engine]
-
-
-@dataclass(slots=True)
-class _Flight:
-    save: Save
-    arena: Arena
-    planned: Planned
-    request: SaveRequest
-    copy: Copy | None = None
-    job: SaveJob | None = None
+MakeEngine = Callable[[Listener, Callable[[], str]], Engine]
 
 
 class Launcher:
     """Owns what saves need again and again: plans, arenas, the copier, the engine.
 
-    `overlap`: None overlaps when the state holds an optimizer. `start_engine` is called at the first save. `arrival`: whether this run may
+    `overlap`: None overlaps when the state holds an optimizer. `make_engine` is called at the first save. `arrival`: whether this run may
     write in its folder, and its lineage.
+
+    A signal handler may save in the middle of a call that saves. It shares the engine with the call beneath, which may have come to any point,
+    and the plans; it has a flattener, a copier and an arena of its own. No thread of ours waits for a lock that the call beneath may hold.
     """
 
     def __init__(
         self,
-        start_engine: StartEngine,
+        make_engine: MakeEngine,
         ledger: Ledger,
         hooks: events.Hooks,
+        turns: Turns,
         arrival: Arrival,
         *,
         choice: CodecChoice,
@@ -70,9 +63,10 @@ class Launcher:
         self.overlap: bool | None = None
         self.pending = pending
         self.arrival = arrival
-        self._start_engine = start_engine
+        self._make_engine = make_engine
         self._ledger = ledger
         self._hooks = hooks
+        self._turns = turns
         self._choice = choice
         self._ended_s = 0.0  # when the last save had its answer
         self._run_id = secrets.token_hex(4)
@@ -81,8 +75,9 @@ class Launcher:
         self._copier = Copier()
         self._arenas = ArenaPool(pending, shared=shared)
         self._planner = Planner(choice, self._forgotten)
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._engine: Engine | None = None
+        self._engines: list[Engine] = []  # all that were made and not closed
         self._probed = False
         self._foreign: set[int] = set()
         self._touching: list[threading.Thread] = []
@@ -90,67 +85,96 @@ class Launcher:
     def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
         """Begin a save; None if every arena is in flight and `wait` is false. An unsupported state raises before anything starts.
 
-        So does another run's folder, at the first save (see `Arrival`).
+        So does another run's folder, at the first save (see `Arrival`). A save within another call takes an arena beside all others, and is
+        copied when this returns.
         """
+        within = self._turns.within()
+        launch = partial(self._launch, state, request, started_s=started_s, wait=wait and not within, within=within)
+        while True:
+            if wait and not within:  # outside of the turn: a signal handler that comes now saves as anybody does
+                self._arenas.wait_free()  # before the state is read: other threads may change it meanwhile
+            launched = self._turns.begin_save(launch)
+            if launched is not None or not wait:
+                return launched
+
+    def _launch(
+        self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool, within: bool
+    ) -> Save | None:
         save = self._ledger.new(request.step, started_s)
+        save._launching = threading.get_ident()
         arena: Arena | None = None
+        flight: Flight | None = None
+        flatten, copier = (Flattener().flatten, Copier()) if within else (self._flatten, self._copier)
         try:
             self.arrival.begin(request.step)
-            if wait:
-                self._arenas.wait_free()  # before the state is read: other threads may change it meanwhile
+            if wait and not self._arenas.has_free():
+                return None  # another thread was faster
             # once: a state_dict() may be a collective, and the other ranks call it once
-            flat = self._flattener.flatten(state)
+            flat = flatten(state)
             planned = self._planner.next(flat.structure)
-            if (arena := self._take(planned.plan)) is None:
+            if (arena := self._take(planned.plan, within=within)) is None:
                 return None
             self.arrival.admit(request.step)
             self._ledger.open(save)
-            engine = self._engine_started()
-            flight = self._flights[save._number] = _Flight(save, arena, planned, request)
-            self._copier.copy(
+            engine = self._engine_started(within=within)
+            begun = flight = self._flights[save._number] = Flight(save, arena, planned, request)
+            overlap = flat.has_optimizer if self.overlap is None else self.overlap
+
+            def then(copy: Copy) -> None:
+                if within:
+                    copier.close()
+                self._staged(begun, flat, engine, copy)
+
+            copier.copy(
                 flat,
                 planned.plan,
                 arena,
-                overlap=flat.has_optimizer if self.overlap is None else self.overlap,
+                overlap=overlap and not within,
                 started_s=started_s,
-                begins=lambda: engine.announce(self._job(flight), planned.plan, arena),
-                then=lambda copy: self._staged(flight, flat, engine, copy),
+                begins=lambda: engine.announce(self._job(begun), planned.plan, arena),
+                then=then,
             )
         except BaseException as error:
-            self._undo(save, arena, error)
+            self._undo(save, flight, arena, copier, error)
             raise
+        finally:
+            save._launching = None
         return save
 
     def check(self, state: Mapping[str, Any]) -> None:
         """What rank 0 does before it starts, on the other ranks: the same errors, and their part of a `state_dict()` that is a collective."""
-        self._flattener.flatten(state, elsewhere=True)
+        flatten = Flattener().flatten if self._turns.within() else self._flatten
+        self._turns.begin_save(partial(flatten, state, elsewhere=True))
 
     def provide(self, state: Mapping[str, Any]) -> None:
         """Do ahead what a first save does: plan, start the engine, make the arenas and touch their pages in the background."""
-        flat = self._flattener.flatten(state)
+        flat = self._flatten(state)
         planned = self._planner.next(flat.structure)
         device = next((tensor.device for tensor in flat.tensors if tensor.is_cuda), None)
         self._planner.ahead(planned.structure)
-        self._engine_started()
+        self._engine_started(within=False)
         fresh: list[Arena] = []
-        while len(fresh) < self.pending and (arena := self._take(planned.plan)) is not None:
-            fresh.append(arena)
-        thread = threading.Thread(
-            target=_touch, args=(self._copier, planned.plan, fresh, device), name="asyncckpt-touch", daemon=True
-        )
-        thread.start()
-        self._touching.append(thread)
-        for arena in fresh:
-            self._arenas.give_back(arena)
+        try:
+            while len(fresh) < self.pending and (arena := self._take(planned.plan, within=False)) is not None:
+                fresh.append(arena)
+            thread = threading.Thread(
+                target=_touch, args=(self._copier, planned.plan, fresh, device), name="asyncckpt-touch", daemon=True
+            )
+            self._touching.append(thread)
+            thread.start()
+        finally:
+            self._keep_flights()
 
     def close(self, *, wait: bool) -> None:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
         for thread in self._touching:
-            thread.join()
+            with contextlib.suppress(RuntimeError):  # an interrupt came before it was started
+                thread.join()
         self.arrival.close(wait=wait)
         self._copier.close()
-        if self._engine is not None:
-            self._engine.close(wait=wait)
+        for engine in list(self._engines):
+            engine.close(wait=wait)
+            self._engines.remove(engine)
         for arena in self._arenas.all():
             self._copier.forget(arena)
             arena.close()
@@ -159,8 +183,8 @@ class Launcher:
         """In a forked child: let go of descriptors and maps, wait for nothing."""
         for arena in self._arenas.all():
             arena.leave_in_child()
-        if self._engine is not None:
-            self._engine.close_in_child()
+        for engine in self._engines:
+            engine.close_in_child()
 
     # -- the engine's answers, on its thread
 
@@ -181,10 +205,10 @@ class Launcher:
                 self.arrival.committed()
                 since_s = max(flight.save._started_s, self._ended_s)
                 self._choice.learn(flight.planned.plan.codec, report.raw_bytes, time.perf_counter() - since_s)
-        elif _blames_codec(flight, error):
+        elif flight.blames_codec(error):
             self._choice.failed(flight.planned.plan.codec)
         self._ended_s = time.perf_counter()
-        self._arenas.give_back(flight.arena)  # whoever waits for it chooses a codec next
+        self._release(flight.arena)  # whoever waits for it chooses a codec next
         self._ledger.conclude(flight.save, report, error)
 
     def event(self, event: events.Event) -> None:
@@ -208,19 +232,56 @@ class Launcher:
 
     # -- inside
 
-    def _undo(self, save: Save, arena: Arena | None, error: BaseException) -> None:
+    def _undo(
+        self, save: Save, flight: Flight | None, arena: Arena | None, copier: Copier, error: BaseException
+    ) -> None:
         """A save did not come to be: refused, or interrupted at any moment."""
         if arena is not None:
-            self._copier.settle(arena)  # an interrupt may leave a copy in flight, or on its way to the engine
-        handed_over = self._engine is not None and self._engine.holds(save._number)
-        if not handed_over and not save.done():  # an interrupt may come when the engine reads the arena already
+            copier.settle(arena)  # an interrupt may leave a copy in flight, or on its way to the engine
+        if copier is not self._copier:
+            copier.close()
+        if flight is None or flight.claim("caller"):  # an interrupt may come when the engine reads the arena already
             self._flights.pop(save._number, None)
             self._ledger.forget(save, error)
+            if arena is not None:
+                self._release(arena)
+        if copier is self._copier:
+            self._keep_flights()
+
+    def _keep_flights(self) -> None:
+        """Every other arena is free."""
         self._arenas.keep_only([flight.arena for flight in list(self._flights.values())])
 
-    def _staged(self, flight: _Flight, flat: Flat, engine: Engine, copy: Copy) -> None:
-        # on the copy thread, or inside copy() when nothing was overlapped
+    def _flatten(self, state: Mapping[str, Any], *, elsewhere: bool = False) -> Flat:
+        try:
+            return self._flattener.flatten(state, elsewhere=elsewhere)
+        except BaseException:
+            self._flattener = Flattener()  # an interrupt may have come when it knew one half
+            raise
+
+    def _release(self, arena: Arena) -> None:
+        """Nobody uses it any more."""
+        if not self._arenas.is_extra(arena):
+            self._arenas.give_back(arena)
+            return
+        for engine in list(self._engines):
+            engine.forget_arena(arena)
+        self._arenas.close_extra(arena)
+
+    def _staged(self, flight: Flight, flat: Flat, engine: Engine, copy: Copy) -> None:
+        """On the copy thread, or inside `copy()` when nothing was overlapped."""
         flight.copy = copy
+        if copy.begun:
+            self._hand_over(flight, flat, engine, copy)
+        else:
+            if copy.error is None:
+                flight.save._staged.set()
+            engine.call(lambda: self._hand_over(flight, flat, engine, copy))
+
+    def _hand_over(self, flight: Flight, flat: Flat, engine: Engine, copy: Copy) -> None:
+        """Where no signal handler comes: an answer must follow, and the locks are those of the engine's threads."""
+        if not flight.claim("engine"):
+            return
         number = flight.save._number
         if copy.error is not None:
             if isinstance(copy.error, errors.TornSnapshotError):
@@ -244,26 +305,42 @@ class Launcher:
         self._hooks(events.SaveStaged(flight.save.step, copy.staged_s))
         self._planner.ahead(flight.planned.structure)
 
-    def _engine_started(self) -> Engine:
-        if self._engine is not None and self._engine.broken:
-            self._engine.close(wait=False)
+    def _engine_started(self, *, within: bool) -> Engine:
+        engine = self._engine
+        if engine is not None and engine.broken:
             self._engine = None
-        if self._engine is None:
-            try:
-                self._engine = self._start_engine(self, self._next_attempt)
-            except OSError as error:
+            if not within:  # a call beneath may be about to use it
+                self._end(engine)
+        if self._engine is not None:
+            return self._engine
+        made = self._make_engine(self, self._next_attempt)
+        self._engines.append(made)
+        try:
+            made.start()
+        except BaseException as error:
+            self._end(made)
+            if isinstance(error, OSError):
                 raise errors.CheckpointError(f"the checkpoint service could not be started: {error}") from error
-        return self._engine
+            raise
+        if (engine := self._engine) is None:
+            engine = self._engine = made
+        else:  # a save in a signal handler has started one meanwhile
+            self._end(made)
+        return engine
+
+    def _end(self, engine: Engine) -> None:
+        engine.close(wait=False)
+        self._engines.remove(engine)
 
     def _next_attempt(self) -> str:
         return f"{self._run_id}-{next(self._attempts):06d}"
 
-    def _job(self, flight: _Flight) -> SaveJob:
+    def _job(self, flight: Flight) -> SaveJob:
         if flight.job is None:
             flight.job = self._new_job(flight)
         return flight.job
 
-    def _new_job(self, flight: _Flight) -> SaveJob:
+    def _new_job(self, flight: Flight) -> SaveJob:
         request, planned, arena = flight.request, flight.planned, flight.arena
         return SaveJob(
             number=flight.save._number,
@@ -278,7 +355,7 @@ class Launcher:
             config=request.config.value,
             tags=tuple(request.tags),
             pinned=request.pinned,
-            versions=_versions(),
+            versions=versions(),
             world_size=world_size(),
             lineage=self.arrival.lineage,
             on_exists=request.on_exists,
@@ -288,11 +365,14 @@ class Launcher:
         )
 
     def _forgotten(self, planned: Planned) -> None:
-        if self._engine is not None and all(flight.planned is not planned for flight in list(self._flights.values())):
-            self._engine.forget_structure(planned.number)
+        if all(flight.planned is not planned for flight in list(self._flights.values())):
+            for engine in list(self._engines):
+                engine.forget_structure(planned.number)
 
-    def _take(self, layout: Plan) -> Arena | None:
+    def _take(self, layout: Plan, *, within: bool) -> Arena | None:
         try:
+            if within:
+                return self._arenas.one_more(layout.arena_bytes)
             taken = self._arenas.take(layout.arena_bytes, make_bytes=room_bytes(layout))
         except (OSError, MemoryError, OverflowError, ValueError) as error:
             raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
@@ -301,16 +381,10 @@ class Launcher:
         arena, replaced = taken
         for old in replaced:
             self._copier.forget(old)
-            if self._engine is not None:
-                self._engine.forget_arena(old)
+            for engine in list(self._engines):
+                engine.forget_arena(old)
             old.close()
         return arena
-
-
-def _blames_codec(flight: _Flight, error: BaseException | None) -> bool:
-    """Whether a save that was staged failed on its way, and not because its step was taken."""
-    staged = flight.copy is not None and flight.copy.error is None
-    return staged and error is not None and not isinstance(error, errors.CheckpointConflictError)
 
 
 def _touch(copier: Copier, layout: Plan, arenas: list[Arena], device: torch.device | None) -> None:
@@ -318,8 +392,3 @@ def _touch(copier: Copier, layout: Plan, arenas: list[Arena], device: torch.devi
         arena.touch()
         with contextlib.suppress(ValueError):  # closed meanwhile: a larger state took its place
             copier.prepare(layout, arena, device)
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {"asyncckpt": asyncckpt.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -6,13 +6,13 @@
 import atexit
 import logging
 import os
-import threading
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -46,6 +46,7 @@ from asyncckpt.state.ranks import rank
 from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store, parse_url
+from asyncckpt.turns import Turns
 
 T = TypeVar("T")
 
@@ -77,7 +78,8 @@ class Saver:
         engine: `"service"` (a process that outlives this one) or `"inline"`; None chooses the service where it can run.
         hooks: Called with every event, see `asyncckpt.events`.
 
-    A Saver belongs to one process and may be used from several threads. With `torch.distributed` initialised, rank 0 writes
+    A Saver belongs to one process and may be used from several threads. A signal handler may save, wait and close at any moment; within
+    `save()` that takes host memory of one more state. With `torch.distributed` initialised, rank 0 writes
     the replicated state; call `save()` on every rank, so that all are told alike what cannot be stored. On the others it checks the
     state and returns.
     """
@@ -119,13 +121,14 @@ class Saver:
         self._engine_name = choose_engine(self.url, engine, in_process=self._custom is not None)
         self._store = self._custom or open_store(self.url, self._s3, on_retry=self._retried)
         self._pid = os.getpid()
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._ledger = Ledger(self._hooks, max_failed_saves)
         retry = (self._s3 or S3Options()).retry
         self._launcher = Launcher(
-            self._start_engine,
+            self._make_engine,
             self._ledger,
             self._hooks,
+            self._turns,
             Arrival(self._root, self._opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
@@ -133,7 +136,7 @@ class Saver:
         )
         self._launcher.overlap = overlap
         self._restored: list[RNG] = []  # until the next `batches()`
-        self._closed = False
+        self._ended = False  # closed, and nothing is left
 
     # -- saving
 
@@ -165,13 +168,12 @@ class Saver:
         self._ledger.report_earlier(step)
         replicas.check(state, "save")
         if rank() != 0:
-            with self._lock:
-                self._launcher.check(state)
+            self._in_turn(partial(self._launcher.check, state))
             save = Save(step, 0, started_s)
             save._conclude(SaveReport(step, skipped="rank 0 writes replicated state"), None)
             return save
-        with self._lock:
-            launched = self._launcher.launch(state, request, started_s=started_s, wait=self._when_full == "wait")
+        wait = self._when_full == "wait"
+        launched = self._in_turn(partial(self._launcher.launch, state, request, started_s=started_s, wait=wait))
         if launched is None:
             return self._full(step, started_s)
         launched._call_s = time.perf_counter() - started_s
@@ -189,9 +191,7 @@ class Saver:
     def wait_staged(self, timeout: float | None = None) -> None:
         """Wait until every snapshot is complete: afterwards the state may be changed in any way."""
         self._check_usable()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for save in self._ledger.in_flight:
-            save.wait_staged(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._ledger.wait_staged(timeout)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Do ahead what the first save would do: check and plan the state, start the service, make and touch the arenas.
@@ -200,11 +200,8 @@ class Saver:
         """
         self._check_usable()
         replicas.check(state, "save")
-        with self._lock:
-            if rank() != 0:
-                self._launcher.check(state)
-            else:
-                self._launcher.provide(state)
+        provide = self._launcher.provide if rank() == 0 else self._launcher.check
+        self._in_turn(partial(self._turns.prepare, partial(provide, state)))
 
     # -- restoring
 
@@ -217,6 +214,9 @@ class Saver:
         ones away.
         """
         self._check_usable()
+        return self._in_turn(partial(self._turns.restore, partial(self._restore, state, step, strict=strict)))
+
+    def _restore(self, state: Mapping[str, Any], step: StepChoice, *, strict: bool) -> Restored | None:
         found = restore_from(
             self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks, root=self._root
         )
@@ -267,10 +267,17 @@ class Saver:
     def close(self) -> None:
         """Wait for every save, end the service, free the arenas. Raises `SaveFailedError` for failures not raised before."""
         self._check_process()
-        if self._closed:
+        if self._ended or self._turns.is_ending():
+            return
+        if self._turns.within():
+            self._turns.closed = self._turns.owed = True
+            self._ledger.wait(None)
             return
         try:
-            self.wait()
+            if self._turns.closed:  # within a call that is over now, or by a close() that was interrupted
+                self._ledger.wait(None)
+            else:
+                self.wait()
         except Exception:
             self._shut(wait=True)
             raise
@@ -285,7 +292,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.getpid() != self._pid or self._closed:
+        if os.getpid() != self._pid or self._ended:
             return
         if kind is None:
             self.close()
@@ -309,8 +316,10 @@ class Saver:
 
     def _check_usable(self) -> None:
         self._check_process()
-        if self._closed:
-            raise errors.CheckpointError("this Saver is closed; make another one from its url")
+        self._turns.check()
+
+    def _in_turn(self, act: Callable[[], T]) -> T:
+        return self._turns.finish(act, end=self.close, leave=self._leave)
 
     def _full(self, step: int, started_s: float) -> Save:
         reason = f"all {self._launcher.pending} snapshot(s) are in flight"
@@ -320,7 +329,7 @@ class Saver:
         self._ledger.conclude(save, SaveReport(step, skipped=f'{reason} and when_full="skip"'), None)
         return save
 
-    def _start_engine(self, listener: Listener, next_attempt: Callable[[], str]) -> ServiceEngine | InlineEngine:
+    def _make_engine(self, listener: Listener, next_attempt: Callable[[], str]) -> ServiceEngine | InlineEngine:
         _savers.add(self)
         if self._engine_name == "service":
             return ServiceEngine(self._engine_options(), listener, next_attempt)
@@ -348,10 +357,10 @@ class Saver:
 
     def _leave(self) -> None:
         """Hand over what is staged and go; the in-process engine must finish first."""
-        for save in self._ledger.in_flight:
+        for save in self._ledger.underway():
             save._staged.wait()
         if self._engine_name == "inline":
-            for save in self._ledger.in_flight:
+            for save in self._ledger.underway():
                 save._ended.wait()
         elif in_flight := self._ledger.in_flight:
             steps = ", ".join(str(save.step) for save in in_flight)
@@ -362,11 +371,13 @@ class Saver:
             self._ledger.forget(save, errors.CheckpointError(reason, step=save.step))
 
     def _shut(self, *, wait: bool) -> None:
-        self._closed = True
-        _savers.discard(self)
-        self._launcher.close(wait=wait)
-        if self._custom is None:
-            self._store.close()
+        with self._turns.ending:
+            self._turns.closed = True
+            self._launcher.close(wait=wait)
+            if self._custom is None:
+                self._store.close()
+            self._ended = True
+            _savers.discard(self)
 
 
 def _forked() -> None:
@@ -376,7 +387,7 @@ def _forked() -> None:
 
 def _drain_at_exit() -> None:
     for saver in list(_savers):
-        if saver._pid == os.getpid() and not saver._closed:
+        if saver._pid == os.getpid() and not saver._ended:
             saver._leave()
 
 

@@ -4,6 +4,7 @@ For stores that live in this process, and where memory files do not exist. Slowe
 keeps the GIL from the encoder, and it ends with the process.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -48,7 +49,14 @@ class InlineEngine:
         self._staged: dict[int, _Staged] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
+
+    def start(self) -> None:
+        """Before anything else."""
         self._thread.start()
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Do it on the engine's thread, where no signal handler comes, ahead of all that is asked for later."""
+        self._inbox.put(act)
 
     def announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
         """Nothing is done ahead: threads of the trainer's own would only slow the copy down."""
@@ -62,10 +70,6 @@ class InlineEngine:
         self._staged[job.number] = _Staged(arena, state)
         self._inbox.put(lambda: self._take(job, plan))
 
-    def holds(self, number: int) -> bool:
-        """Whether this save was handed over and has no answer yet."""
-        return number in self._staged
-
     def forget_arena(self, arena: Arena) -> None:
         """Nothing is held here."""
 
@@ -76,7 +80,8 @@ class InlineEngine:
     def close(self, *, wait: bool = True) -> None:  # noqa: ARG002 - nothing here outlives the process
         """Finish what was handed over and end the threads."""
         self._inbox.put(None)
-        self._thread.join()
+        with contextlib.suppress(RuntimeError):  # an interrupt came before it was started
+            self._thread.join()
         self._pipeline.close()
 
     def close_in_child(self) -> None:

@@ -66,15 +66,17 @@ class ServiceProcess:
         self._stderr = os.memfd_create("asyncckpt-stderr", os.MFD_CLOEXEC)
         try:
             self._process = _popen(theirs, self._stderr)
+            self.channel = Channel(ours)
+            with contextlib.suppress(ConnectionError):  # dead already: the listener reads that
+                self.send_fd(_hello(options), os.pidfd_open(os.getpid()))
         except BaseException:
-            ours.close()
+            ours.close()  # and so it ends, if it was started
             os.close(self._stderr)
+            if hasattr(self, "_process"):
+                self._process.wait(_GRACE_S)
             raise
         finally:
             theirs.close()
-        self.channel = Channel(ours)
-        with contextlib.suppress(ConnectionError):  # dead already: the listener reads that
-            self.send_fd(_hello(options), os.pidfd_open(os.getpid()))
 
     @property
     def pid(self) -> int:

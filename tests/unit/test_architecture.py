@@ -15,13 +15,28 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from itself and from the rooms in the rows above it.
 ROOMS = [
-    {"errors", "options", "events", "collector"},
+    {"errors", "options", "events", "collector", "latch"},
     {"format"},
     {"store"},
     {"checkpoints"},
     {"engine"},
     {"state"},
-    {"save", "saver", "launch", "lineage", "planner", "request", "restore", "run", "export", "progress", "staging"},
+    {
+        *(
+            "save",
+            "saver",
+            "launch",
+            "lineage",
+            "planner",
+            "request",
+            "restore",
+            "run",
+            "export",
+            "progress",
+            "staging",
+        ),
+        *("flight", "turns"),
+    },
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
 ]
