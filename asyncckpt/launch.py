@@ -22,6 +22,7 @@ from asyncckpt.engine.submitted import Listener
 from asyncckpt.flight import Flight, versions
 from asyncckpt.format.plan import Plan
 from asyncckpt.lineage import Arrival
+from asyncckpt.log import say
 from asyncckpt.planner import Planned, Planner, room_bytes
 from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save, report_of
@@ -31,8 +32,6 @@ from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
 from asyncckpt.turns import Turns
-
-_LOG = logging.getLogger("asyncckpt")
 
 Engine = ServiceEngine | InlineEngine
 MakeEngine = Callable[[Listener, Callable[[], str]], Engine]
@@ -217,7 +216,8 @@ class Launcher:
             event = self._new_foreign(event)
             if not event.steps:
                 return
-            _LOG.warning(
+            say(
+                logging.WARNING,
                 "retention leaves checkpoints of another run alone, at step(s) %s: this run did not restore them. "
                 "Delete them by hand, or with Run(url).rewind(step), if nobody needs them",
                 ", ".join(map(str, event.steps)),

@@ -13,6 +13,7 @@ from asyncckpt.engine.job import CommitOutcome
 from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
 from asyncckpt.latch import Latch
+from asyncckpt.log import say
 from asyncckpt.state.in_flight import Copy
 
 EXISTS = "the step exists already"
@@ -20,8 +21,6 @@ _WAY_OUT = (
     "; nothing of it is stored. If training went back on purpose, Run(url).rewind(step) removes what came later; "
     'on_exists="raise" makes this an error'
 )
-_LOG = logging.getLogger("asyncckpt")
-
 T = TypeVar("T")
 
 
@@ -219,14 +218,15 @@ def report_of(save: Save, copy: Copy | None, outcome: CommitOutcome) -> SaveRepo
 
 def _log(save: Save, report: SaveReport | None, error: BaseException | None) -> Event:
     if error is not None:
-        _LOG.error("step %d: save failed: %s: %s", save.step, type(error).__name__, error)
+        say(logging.ERROR, "step %d: save failed: %s: %s", save.step, type(error).__name__, error)
         return SaveFailed(save.step, error)
     assert report is not None
     if report.skipped:
-        _LOG.warning("step %d: save skipped: %s", save.step, report.skipped)
+        say(logging.WARNING, "step %d: save skipped: %s", save.step, report.skipped)
         return SaveSkipped(save.step, report.skipped)
     ratio = report.stored_bytes / report.raw_bytes if report.raw_bytes else 1.0
-    _LOG.info(
+    say(
+        logging.INFO,
         "step %d: committed in %.2f s (call %.1f ms, staged %.0f ms), %.1f MB stored, ratio %.3f, %d retries",
         *(save.step, report.total_s, report.call_s * 1e3, report.staged_s * 1e3, report.stored_bytes / 1e6, ratio),
         report.retries,

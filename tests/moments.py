@@ -9,6 +9,7 @@ import faulthandler
 import itertools
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,6 +164,7 @@ def raises(life: Life, number: int) -> str:
         if not isinstance(error.__context__, Stop):
             raise
     torch.set_grad_enabled(True)
+    met: list[str] = []
     if not life.saver._turns.closed:
         life.saver.wait_staged(PATIENCE_S)
         life.saver.save(PREEMPTION, life.training.state).result(PATIENCE_S)
@@ -169,7 +172,8 @@ def raises(life: Life, number: int) -> str:
         eventually(lambda: not life.saver._ledger.in_flight, "every save has its answer", 5)
         eventually(lambda: not life.saver._launcher._arenas.in_flight, "no arena is lost", 5)
         assert not gate.in_flight()
-    return _closed(life, ["saved"])
+        met = ["saved"]
+    return _closed(life, met)
 
 
 HANDLERS = {act.__name__: act for act in (saves_and_exits, saves_and_returns, closes_and_returns, raises)}
@@ -185,10 +189,15 @@ def _closed(life: Life, met: list[str]) -> str:
     with contextlib.suppress(errors.CheckpointError):
         life.saver.save(0, {})
     eventually(lambda: not children(os.getpid()), "no process is left", 5)
-    eventually(lambda: threading.active_count() == 1, f"no thread is left: {threading.enumerate()}", 5)
+    eventually(lambda: len(_begun()) == 1, f"no thread is left: {_begun()}", 5)
     left = [target for target in descriptors().values() if "memfd" in target or "socket" in target]
     assert not left, left
     return met[0] if met else "over"
+
+
+def _begun() -> list[threading.Thread]:
+    """Threads that run. An interrupt in the middle of Python's own `Thread.start()` leaves one that never does."""
+    return [thread for thread in threading.enumerate() if thread._started.is_set()]
 
 
 def meet(handler: str, call: str, number: int, folder: str, log: int, **options: Any) -> None:
@@ -211,16 +220,21 @@ def meet(handler: str, call: str, number: int, folder: str, log: int, **options:
 
 def forked(handler: str, call: str, number: int, **options: Any) -> tuple[int, str, list[int]]:
     """The status, what was told, and the steps that stand there and can be read."""
-    with tempfile.TemporaryDirectory(prefix="asyncckpt-moments-") as folder, tempfile.TemporaryFile() as log:
-        pid = os.fork()
-        if pid == 0:
-            meet(handler, call, number, folder, log.fileno(), **options)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        log.seek(0)
+    folder = tempfile.mkdtemp(prefix="asyncckpt-moments-")
+    try:
+        with tempfile.TemporaryFile() as log:
+            pid = os.fork()
+            if pid == 0:
+                meet(handler, call, number, folder, log.fileno(), **options)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            log.seek(0)
+            told = log.read().decode()
         steps = [checkpoint.step for checkpoint in Run(folder).checkpoints()]
         for step in steps:
             load(folder, step=step)
-        return status, log.read().decode(), steps
+        return status, told, steps
+    finally:  # a service may still finish the save that was interrupted
+        eventually(lambda: shutil.rmtree(folder, ignore_errors=True) or not Path(folder).exists(), f"{folder} is gone")
 
 
 def fault(handler: str, call: str, number: int, **options: Any) -> str:

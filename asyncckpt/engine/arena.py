@@ -6,6 +6,7 @@ it. Pages are touched ahead: a first touch inside a save costs 0.6 to 1.8 s a GB
 
 import contextlib
 import ctypes
+import io
 import mmap
 import os
 import queue
@@ -36,10 +37,11 @@ class Arena:
     Behind its `bytes` stands a counter, an int64 of the machine's byte order: how many shards a copy that is under way has filled.
     """
 
-    def __init__(self, number: int, size_bytes: int, fd: int | None) -> None:
+    def __init__(self, number: int, size_bytes: int, file: io.FileIO | None) -> None:
         self.number = number
         self.bytes = size_bytes
-        self.fd = fd
+        self.fd = fd = None if file is None else file.fileno()
+        self._file = file
         self.counter_offset = _counter_offset(size_bytes)
         mapped_bytes = self.counter_offset + _COUNTER_BYTES
         self.buffer = mmap.mmap(-1, mapped_bytes)
@@ -55,16 +57,14 @@ class Arena:
     @classmethod
     def create(cls, number: int, size_bytes: int, *, shared: bool = True) -> "Arena":
         """A new arena. The map is not inherited by forks: a forked DataLoader worker must not keep it alive."""
-        fd = None
-        if shared:
-            fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
+        file = _memory_file("asyncckpt-arena") if shared else None
         try:
-            if fd is not None:
-                os.ftruncate(fd, _counter_offset(size_bytes) + _COUNTER_BYTES)
-            arena = cls(number, size_bytes, fd)
+            if file is not None:
+                os.ftruncate(file.fileno(), _counter_offset(size_bytes) + _COUNTER_BYTES)
+            arena = cls(number, size_bytes, file)
         except BaseException:
-            if fd is not None:
-                os.close(fd)
+            if file is not None:
+                file.close()
             raise
         with contextlib.suppress(OSError):
             arena.buffer.madvise(mmap.MADV_DONTFORK)
@@ -87,9 +87,7 @@ class Arena:
     def leave_in_child(self) -> None:
         """In a forked child: the map is not there, and unmapping its addresses would free somebody else's memory."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        self._let_go()
 
     def close(self) -> None:
         """Unmap and free. Where a view still lives, as in the traceback of a request that was tried again, the map goes with it."""
@@ -97,11 +95,23 @@ class Arena:
             return
         self._closed = True
         with self._touched:
-            if self.fd is not None:
-                os.close(self.fd)
-                self.fd = None
+            self._let_go()
             with contextlib.suppress(BufferError):
                 self.buffer.close()
+
+    def _let_go(self) -> None:
+        self.fd = None
+        if self._file is not None:
+            self._file.close()
+
+
+def _memory_file(name: str) -> io.FileIO:
+    """A new one, which has an owner from the first moment on.
+
+    Ctrl-C may come between two calls of Python, and would leave a bare descriptor open for ever; it cannot come within this one.
+    """
+    (file,) = map(io.FileIO, map(os.memfd_create, (name,), (os.MFD_CLOEXEC,)), ("r+",))
+    return file
 
 
 def read_counter(fd: int, size_bytes: int) -> int:

@@ -19,6 +19,7 @@ from asyncckpt.engine.submitted import Listener, Submitted
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
 from asyncckpt.latch import Latch
+from asyncckpt.log import say
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
@@ -298,7 +299,8 @@ class ServiceEngine:
             return False
         for number in withdrawn:
             self._answered(number, None, None)  # the new service does not know them
-        _LOG.warning("the checkpoint service died (%s); another was started, %d save(s) submitted again", reason, count)
+        what = "the checkpoint service died (%s); another was started, %d save(s) submitted again"
+        say(logging.WARNING, what, reason, count)
         self._listener.event(events.ServiceRestarted(count))
         return True
 

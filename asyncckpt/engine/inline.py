@@ -20,6 +20,7 @@ from asyncckpt.engine.schedule import Ended, Schedule, Task
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.engine.worker import TaskRunner
 from asyncckpt.format.plan import Plan
+from asyncckpt.latch import Latch
 from asyncckpt.options import KeepRule
 from asyncckpt.store.base import Store
 
@@ -40,19 +41,24 @@ class InlineEngine:
 
     def __init__(self, store: Store, keep: tuple[KeepRule, ...], listener: Listener) -> None:
         self._store = store
+        self._keep = keep
         self._listener = listener
         self._retention = bool(keep)
         self._schedule = Schedule(retention=self._retention)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._pipeline = Pipeline(store)
-        self._runner = TaskRunner(store, keep, self._pipeline, self._reply)
+        self._runner: TaskRunner  # of the thread
+        self._begun = Latch()
+        self._failure: BaseException | None = None
         self._staged: dict[int, _Staged] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
 
     def start(self) -> None:
-        """Before anything else."""
+        """Before anything else. `close` must follow, whatever is raised."""
         self._thread.start()
+        self._begun.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def call(self, act: Callable[[], None]) -> None:
         """Do it on the engine's thread, where no signal handler comes, ahead of all that is asked for later."""
@@ -82,7 +88,6 @@ class InlineEngine:
         self._inbox.put(None)
         with contextlib.suppress(RuntimeError):  # an interrupt came before it was started
             self._thread.join()
-        self._pipeline.close()
 
     def close_in_child(self) -> None:
         """Nothing to let go of: threads do not cross a fork."""
@@ -102,6 +107,14 @@ class InlineEngine:
         self._schedule.submit(job, len(plan.shards))
 
     def _run(self) -> None:
+        try:  # here, where no interrupt comes between the starts of its threads
+            pipeline = Pipeline(self._store)
+            self._runner = TaskRunner(self._store, self._keep, pipeline, self._reply)
+        except BaseException as error:  # noqa: BLE001 - who starts us is told
+            self._failure = error
+            return
+        finally:
+            self._begun.set()
         while not (self._closing and self._schedule.idle):
             message = self._inbox.get()
             try:
@@ -115,6 +128,7 @@ class InlineEngine:
                 _LOG.debug("the checkpoint engine failed", exc_info=error)
                 self._fail_all(f"the checkpoint engine failed: {type(error).__name__}: {error}")
             del message
+        pipeline.close()
 
     def _fail_all(self, reason: str) -> None:
         self._schedule = Schedule(retention=self._retention)

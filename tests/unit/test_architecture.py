@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from itself and from the rooms in the rows above it.
 ROOMS = [
-    {"errors", "options", "events", "collector", "latch"},
+    {"errors", "options", "events", "collector", "latch", "log"},
     {"format"},
     {"store"},
     {"checkpoints"},
