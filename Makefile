@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools check format test faults test-bench demo bench bench-full clean
+.PHONY: help venv tools check format test faults soak test-bench demo bench bench-full clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test: tools $(INSTALLED) ## all tests but the benchmarks' own; PYTEST_ARGS="-k n
 
 faults: $(INSTALLED) ## 2,000 runs in which processes, requests and files fail, in a few minutes; FAULTS_ARGS="--help" tells more
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
+soak: tools $(INSTALLED) ## half an hour of trainings that are killed before a store that fails; SOAK_ARGS="--minutes 5 --outage 60" is shorter
+	$(BIN)/python -m tests.faults.soak $(SOAK_ARGS)
 
 test-bench: tools $(INSTALLED) ## the benchmarks' own tests: stores, peers, harness, report
 	$(BIN)/pytest -m bench $(PYTEST_ARGS)

@@ -4,12 +4,13 @@ A hook is any callable that takes an event. Hooks run in the trainer, on one lis
 thread), and must be quick; an exception in one is logged and does not reach the training loop.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_LOG = logging.getLogger("asyncckpt")
+from asyncckpt.telling import LOG
+
+_TOLD_STEPS = 10  # of a warning about thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,33 @@ class BytesRestored(Event):
     total_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class RetentionFailed(Event):
+    """Retention leaves these steps in place, whatever the rules say: their removal failed, or their records cannot be read.
+
+    No steps: it could not look what there is. It goes on with the others, and tries again after the next save.
+    """
+
+    steps: tuple[int, ...]
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class LeftoversRemoved(Event):
+    """What writers left that died is gone: folders of their attempts, and uploads that nobody ended (by key)."""
+
+    folders: tuple[str, ...]
+    uploads: tuple[str, ...]
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeftoversRemain(Event):
+    """What a failed save or a dead writer stored could not be looked for, or not be removed."""
+
+    error: BaseException
+
+
 Hook = Callable[[Event], Any]
 
 
@@ -156,4 +184,17 @@ class Hooks:
             try:
                 hook(event)
             except Exception:  # noqa: BLE001 - a user's hook must not kill the listener
-                _LOG.exception("a hook failed on %s", type(event).__name__)
+                LOG.exception("a hook failed on %s", type(event).__name__)
+
+
+def warning_of(event: RetentionFailed | LeftoversRemain) -> str:
+    """The line that a person reads."""
+    why = f"{type(event.error).__name__}: {event.error}"
+    if isinstance(event, LeftoversRemain):
+        return f"what failed saves or dead writers left could not be removed; a later run tries again. {why}"
+    if not event.steps:
+        return (
+            f"retention could not look at the checkpoints, removes nothing, and tries again after the next save. {why}"
+        )
+    told = ", ".join(map(str, event.steps[:_TOLD_STEPS])) + (", ..." if len(event.steps) > _TOLD_STEPS else "")
+    return f"retention leaves step(s) {told} in place, and goes on with the others. It says so once. {why}"

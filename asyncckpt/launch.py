@@ -19,18 +19,17 @@ from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.submitted import Listener
-from asyncckpt.flight import Flight, versions
+from asyncckpt.flight import Flight
 from asyncckpt.format.plan import Plan
 from asyncckpt.lineage import Arrival
-from asyncckpt.log import say
 from asyncckpt.planner import Planned, Planner, room_bytes
 from asyncckpt.request import SaveRequest
 from asyncckpt.save import Ledger, Save, report_of
 from asyncckpt.state.in_flight import Copy
-from asyncckpt.state.ranks import world_size
 from asyncckpt.state.snapshot import Copier
 from asyncckpt.state.statefile import write_state
 from asyncckpt.state.tree import Flat, Flattener
+from asyncckpt.telling import say
 from asyncckpt.turns import Turns
 
 Engine = ServiceEngine | InlineEngine
@@ -79,6 +78,7 @@ class Launcher:
         self._engines: list[Engine] = []  # all that were made and not closed
         self._probed = False
         self._foreign: set[int] = set()
+        self._told_causes: set[tuple[type, type, tuple[int, ...]]] = set()
         self._touching: list[threading.Thread] = []
 
     def launch(self, state: Mapping[str, Any], request: SaveRequest, *, started_s: float, wait: bool) -> Save | None:
@@ -222,7 +222,17 @@ class Launcher:
                 "Delete them by hand, or with Run(url).rewind(step), if nobody needs them",
                 ", ".join(map(str, event.steps)),
             )
+        if isinstance(event, events.RetentionFailed | events.LeftoversRemain) and self._is_new_cause(event):
+            say(logging.WARNING, "%s", events.warning_of(event))
         self._hooks(event)
+
+    def _is_new_cause(self, event: events.RetentionFailed | events.LeftoversRemain) -> bool:
+        """Once for each kind of a store's failure, and once for each record that cannot be read."""
+        steps = event.steps if isinstance(event, events.RetentionFailed) else ()
+        cause = (type(event), type(event.error), () if isinstance(event.error, errors.StoreError) else steps)
+        is_new = cause not in self._told_causes
+        self._told_causes.add(cause)
+        return is_new
 
     def _new_foreign(self, event: events.ForeignCheckpoints) -> events.ForeignCheckpoints:
         """What no other worker told before."""
@@ -337,32 +347,8 @@ class Launcher:
 
     def _job(self, flight: Flight) -> SaveJob:
         if flight.job is None:
-            flight.job = self._new_job(flight)
+            flight.job = flight.new_job(self._next_attempt(), self.arrival, probe=not self._probed)
         return flight.job
-
-    def _new_job(self, flight: Flight) -> SaveJob:
-        request, planned, arena = flight.request, flight.planned, flight.arena
-        return SaveJob(
-            number=flight.save._number,
-            step=request.step,
-            attempt=self._next_attempt(),
-            structure=planned.number,
-            arena=arena.number,
-            codec=planned.plan.codec,
-            time_s=time.time(),
-            epoch=request.epoch,
-            metrics=dict(request.metrics),
-            config=request.config.value,
-            tags=tuple(request.tags),
-            pinned=request.pinned,
-            versions=versions(),
-            world_size=world_size(),
-            lineage=self.arrival.lineage,
-            on_exists=request.on_exists,
-            probe=not self._probed,
-            newcomer=self.arrival.newcomer,
-            restored=self.arrival.restored,
-        )
 
     def _forgotten(self, planned: Planned) -> None:
         if all(flight.planned is not planned for flight in list(self._flights.values())):

@@ -5,7 +5,6 @@ All or nothing: names, shapes, dtypes and every digest are checked before the fi
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from asyncckpt.state.stateful import plan_restore
 from asyncckpt.state.walk import VALUE
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
+from asyncckpt.telling import warn
 
 _LOG = logging.getLogger("asyncckpt")
 
@@ -79,8 +79,10 @@ def restore(
     `"latest"` and `Best` pass over a damaged checkpoint, with a warning that names what is wrong, to the next one; a step asked
     for by number raises. Bytes that change from reading to reading are no damage, but a `StoreError`; a checkpoint of a newer asyncckpt is
     none either, but a `FormatVersionError`, also as the latest. `strict=False` leaves alone what the checkpoint lacks. Groups that `state` does not name are ignored
-    and not downloaded. Raises `CheckpointNotFoundError`, `StateMismatchError` or a `CorruptCheckpointError`; the
-    state is then as it was, unless the message says that an object changed between its two readings.
+    and not downloaded; None in the place of anything takes what is stored. Moments go to their parameters by name where the optimizer and its
+    model stand in both states as objects, else by position, which is logged. Raises `CheckpointNotFoundError`,
+    `StateMismatchError` or a `CorruptCheckpointError`; the state is then as it was, unless the message says that an object changed between
+    its two readings. Where a `load_state_dict` raises, the `CheckpointError` names the object, what is overwritten and the way out.
     """
     with opened(url, store, hooks) as place:
         all_hooks = events.Hooks(tuple(hooks))
@@ -101,7 +103,7 @@ def load(
     store: S3Options | Store | None = None,
     hooks: Sequence[events.Hook] = (),
 ) -> Any:
-    """The state as nested containers of tensors and values; no objects are needed.
+    """The state as nested containers of tensors and values; no objects are needed, and none are made: each is what its `state_dict()` gave.
 
     With `prefix`, a path such as `"model"` or `"optimizer/state"`, only that part, and only its bytes are downloaded. The
     tensors of one call share one block of memory, which is freed with the last of them.
@@ -157,11 +159,13 @@ def restore_from(
 
     def read(record: Record) -> Outcome:
         index = read_index(store, record)
+        values = read_values_of(store, record)
+        trees.check_stored(index.tree, values)
         wanted = plan_restore(
             state,
             index.tree,
             specs_of(index),
-            read_values_of(store, record),
+            values,
             strict=strict,
             parameters=index.parameters,
             aliases=index.aliases,
@@ -193,7 +197,7 @@ def set_aside(store: Store, damaged: Mapping[int, errors.CheckpointError], *, re
         try:
             mark_damaged(store, step, found)
         except errors.CheckpointError as error:
-            warnings.warn(
+            warn(
                 f"checkpoint {step} is damaged and could not be set aside ({type(error).__name__}: {error.message}), so a save of step "
                 f"{step} will be skipped as if it were good: delete it, or rewind to step {restored} with Run(url).rewind({restored}), once "
                 "the store takes writes",
@@ -207,7 +211,7 @@ def take_back(store: Store, step: int) -> None:
     try:
         unmark(store, step)
     except errors.CheckpointError as error:
-        warnings.warn(
+        warn(
             f"checkpoint {step} is good, and its mark of damage could not be removed ({type(error).__name__}: {error.message})",
             UserWarning,
             stacklevel=3,

@@ -1,9 +1,9 @@
 """The front door to what exists: the checkpoints of a run, and one checkpoint."""
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 import torch
 
 from asyncckpt import errors
-from asyncckpt.checkpoints import marks
+from asyncckpt.checkpoints import leftovers, marks
+from asyncckpt.checkpoints.leftovers import Leftovers
 from asyncckpt.checkpoints.removal import rewind
 from asyncckpt.engine.catalog import find_checkpoints, read_index, read_record
 from asyncckpt.engine.resolve import reading
@@ -28,6 +29,7 @@ from asyncckpt.state.tree import check_tree, leaves
 from asyncckpt.state.walk import BYTES
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
+from asyncckpt.telling import warn
 
 
 class Checkpoint:
@@ -216,6 +218,31 @@ class Run:
         self.get(step)
         return rewind(self._store, step)
 
+    def collect_garbage(
+        self, older_than: timedelta = timedelta(seconds=leftovers.IDLE_S), *, dry_run: bool = False
+    ) -> Leftovers:
+        """Delete what writers that died left: folders that no checkpoint needs, and uploads that nobody ended. What was removed.
+
+        Only what nobody touched for `older_than`, by the store's clock: take less than a day only while no Saver is writing there. A Saver does
+        this once by itself, with a day. With `dry_run` nothing is deleted, and what would be is returned. One listing of everything; records are
+        read only if something seems left over. Folders at and below a step whose record is damaged, or of a newer format, stay (`.undecided`).
+
+        Raises the first `StoreError` after everything else was tried; its notes say what was removed all the same.
+        """
+        if not isinstance(older_than, timedelta):
+            raise TypeError(f"older_than is a datetime.timedelta, such as timedelta(days=1), not {older_than!r}")
+        if older_than < timedelta(0):
+            raise ValueError(f"older_than is a time that has passed, not {older_than}")
+        done = leftovers.collect(self._store, older_than_s=older_than.total_seconds(), dry_run=dry_run)
+        if done.failures:
+            found = done.leftovers
+            error = done.failures[0]
+            error.add_note(
+                f"{len(done.failures)} removal(s) failed; removed were {len(found.folders)} folder(s), {len(found.uploads)} upload(s)"
+            )
+            raise error
+        return done.leftovers
+
     def _readable(self) -> Iterator[Checkpoint]:
         for checkpoint in self.checkpoints():
             try:
@@ -223,7 +250,7 @@ class Run:
             except errors.CheckpointNotFoundError:
                 continue
             except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
-                warnings.warn(
+                warn(
                     f"checkpoint {checkpoint.step} cannot be read and was passed over: {type(error).__name__}: {error}",
                     stacklevel=4,
                 )

@@ -13,8 +13,8 @@ from asyncckpt.engine.job import CommitOutcome
 from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
 from asyncckpt.latch import Latch
-from asyncckpt.log import say
 from asyncckpt.state.in_flight import Copy
+from asyncckpt.telling import say
 
 EXISTS = "the step exists already"
 _WAY_OUT = (

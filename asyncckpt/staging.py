@@ -7,7 +7,7 @@ import torch
 
 from asyncckpt import errors, events
 from asyncckpt.engine.direct import MIN_BYTES, direct_paths, fill, verify
-from asyncckpt.engine.fetch import Progress, fetch
+from asyncckpt.engine.fetch import Progress, claimed, fetch
 from asyncckpt.format.index import Index
 from asyncckpt.progress import bar
 from asyncckpt.state.cuda import page_locked
@@ -97,7 +97,8 @@ class _Bringing:
         tensors = {path: homes[self._real(path)] for path in self._wanted.paths if self._real(path) in homes}
         staged = [path for path in self._wanted.paths if path not in tensors]
         large = [path for path in map(self._real, staged) if self._index.tensors[path].raw_bytes >= MIN_BYTES]
-        own = {path: self._wanted.make(path) for path in self._wanted.wanting(large, self._real)}
+        with claimed(self._store, self._index, large):
+            own = {path: self._wanted.make(path) for path in self._wanted.wanting(large, self._real)}
         fetched, memory = _fetched(self._store, self._index, staged, self._first_half, own)
         tensors |= fetched
         if homes:

@@ -59,3 +59,12 @@ class CountingStore(Store):
 
     def delete(self, keys):
         self.inner.delete(keys)
+
+    def clock_s(self):
+        return self.inner.clock_s()
+
+    def open_uploads(self, prefix="", *, idle_since_s=None):
+        return self.inner.open_uploads(prefix, idle_since_s=idle_since_s)
+
+    def abort_upload(self, upload):
+        self.inner.abort_upload(upload)

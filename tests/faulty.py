@@ -1,17 +1,18 @@
 """Faults are stores: what fails, and whether it took effect, is said by call numbers."""
 
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from asyncckpt.errors import TransientStoreError
-from asyncckpt.store.base import Buffers, Entry, Store, Upload, Version
+from asyncckpt.store.base import Buffers, Entry, OpenUpload, Store, Upload, Version
 
 
 class FaultyStore(Store):
     """Fails the calls whose number (from 1, over all operations, uploads' too) is in `fail`.
 
     With `after`, a failing call took effect and its answer was lost. `operations` restricts counting and failing to
-    some of: put start_upload write complete abort get get_into head list replace remove delete. `calls` lists what was counted.
+    some of: put start_upload write complete abort get get_into head list replace remove delete clock open_uploads
+    abort_upload. `calls` lists what was counted.
     """
 
     def __init__(
@@ -70,6 +71,15 @@ class FaultyStore(Store):
     def delete(self, keys: Iterable[str]) -> None:
         names = tuple(keys)
         self.run("delete", names[0] if names else "", lambda: self.inner.delete(names))
+
+    def clock_s(self) -> float:
+        return self.run("clock", "", self.inner.clock_s)
+
+    def open_uploads(self, prefix: str = "", *, idle_since_s: float | None = None) -> Sequence[OpenUpload]:
+        return self.run("open_uploads", prefix, lambda: self.inner.open_uploads(prefix, idle_since_s=idle_since_s))
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        self.run("abort_upload", upload.key, lambda: self.inner.abort_upload(upload))
 
     def close(self) -> None:
         self.inner.close()

@@ -1,4 +1,4 @@
-"""The one place that deletes: what a failed attempt left, checkpoints that no rule keeps, and what a rewind takes away.
+"""The one place that deletes: what failed attempts or dead writers left, what no rule keeps, what a rewind takes away.
 
 A checkpoint goes in this order: its record, and only that very one; then a look that the record is gone; then the mark and the folders. A
 removal that is cut short leaves objects without a record, never the reverse. Records are never deleted by their name alone.
@@ -23,6 +23,26 @@ def abandon(store: Store, step: int, attempt: str) -> None:
     standing = judge(store, step)
     if standing is None or not (standing.damaged or standing.attempt == attempt):
         remove_folders(store, [keys.folder(step, attempt)])
+
+
+def end_uploads(store: Store, folders: Iterable[str]) -> None:
+    """Abort every upload that is open below the folders: of attempts that have ended, whose worker died in the middle of one."""
+    for folder in folders:
+        for upload in store.open_uploads(folder):
+            store.abort_upload(upload)
+
+
+def remove_leftover(store: Store, folder: str, before_s: float) -> bool:
+    """Delete a folder that no record named a moment ago, unless its own step's record does now, or something in it is not older."""
+    step = keys.parse_folder(folder)
+    standing = judge(store, step) if step is not None else None
+    if standing is not None and (standing.damaged or standing.keeps_below or folder in standing.folders):
+        return False
+    found = list(store.list(folder))
+    if not all(entry.modified_s < before_s and keys.is_object_key(entry.key) for entry in found):
+        return False
+    store.delete([entry.key for entry in found])
+    return True
 
 
 def remove_folders(store: Store, folders: Iterable[str]) -> None:

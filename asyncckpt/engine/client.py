@@ -16,10 +16,11 @@ from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
 from asyncckpt.engine.submitted import Listener, Submitted
+from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
 from asyncckpt.latch import Latch
-from asyncckpt.log import say
+from asyncckpt.telling import say
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
@@ -261,10 +262,9 @@ class ServiceEngine:
             self._listener.event(events.WorkerReplaced(message["reason"]))
         elif kind == "parted":  # it heard that we go, and finishes alone
             self._parted = True
-        elif kind == "removed":
-            self._listener.event(events.CheckpointsRemoved(tuple(message["steps"])))
-        elif kind == "foreign":
-            self._listener.event(events.ForeignCheckpoints(tuple(message["steps"])))
+        elif kind == "upkeep":
+            for event in events_of(message["kind"], message["data"]):
+                self._listener.event(event)
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:

@@ -6,11 +6,12 @@ is the wanted tensors once, plus one request and one block for each thread.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from asyncckpt import errors
-from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, read_into, reread_range
+from asyncckpt.checkpoints.rereading import Wrong, certain, mismatch, missing, read_into, reread_range, wrong_size
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.crew import Crew
 from asyncckpt.engine.pages import anonymous_map
@@ -20,6 +21,7 @@ from asyncckpt.format.digest import digest
 from asyncckpt.format.frames import decode_block
 from asyncckpt.format.index import Index
 from asyncckpt.format.limits import BLOCK_BYTES
+from asyncckpt.format.stored import IndexedShard
 from asyncckpt.store.base import Store
 
 REMOTE_THREADS = 32
@@ -63,7 +65,8 @@ def fetch(
     names = list(dict.fromkeys(paths))
     places = places or {}
     plan = plan_fetch(index, names, places, boxes)
-    memory = (into or anonymous_map)(plan.target_bytes)
+    with claimed(store, index, names):
+        memory = (into or anonymous_map)(plan.target_bytes)
     target = _Target(memory, {plan.tensors[path][0]: places[path] for path in places})
     count = min(threads or default_threads(store), len(plan.requests))
     _Fetch(store, plan, target, progress).run(count)
@@ -72,6 +75,40 @@ def fetch(
         start, size = plan.tensors[index.aliases.get(name, name)]
         tensors[name] = target.at(start, size)
     return Fetched(tensors, plan.requested_bytes, memory)
+
+
+@contextmanager
+def claimed(store: Store, index: Index, paths: Iterable[str]) -> Iterator[None]:
+    """Memory for these tensors is taken inside, on nothing but the word of the index. None of it is touched before bytes arrive.
+
+    If this machine refuses it, the objects are asked for their sizes: `CorruptCheckpointError` if one is shorter than the index says,
+    `CheckpointError` if only memory is short.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, OverflowError, RuntimeError) as error:
+        tensors = [index.tensors[path] for path in dict.fromkeys(index.aliases.get(path, path) for path in paths)]
+        for number in sorted({chunk.shard for tensor in tensors for chunk in tensor.chunks}):
+            check_size(store, index.shards[number])
+        size_bytes = sum(tensor.raw_bytes for tensor in tensors)
+        raise errors.CheckpointError(
+            f"this machine refuses memory for {size_bytes} bytes of tensors: read a part of the checkpoint, or use a larger machine"
+        ) from error
+
+
+def check_size(store: Store, shard: IndexedShard) -> None:
+    """`CorruptCheckpointError` unless the object has the size that the index states."""
+
+    def look(place: Store) -> Wrong | None:
+        entry = place.head(shard.key)
+        if entry is None:
+            return missing(shard.key)
+        if entry.stored_bytes == shard.stored_bytes:
+            return None
+        text = f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
+        return wrong_size(errors.CorruptCheckpointError(text), shard.stored_bytes.__eq__)
+
+    certain(store, shard.key, look)
 
 
 def default_threads(store: Store) -> int:
@@ -148,13 +185,12 @@ class _Fetch:
         if request.direct:
             data = self._target.at(request.blocks[0].pieces[0].start, request.stored_bytes)
             self._read(request, data)
-            wrong = self._land(request, data, plain)
         else:
             data = stored.take(request.stored_bytes)
             self._read(request, data)
-            with self._decoding:
-                wrong = self._land(request, data, plain)
-        for block, error in wrong:
+        blocks = iter(request.blocks)
+        while wrong := self._land(request, blocks, data, plain):
+            block, error = wrong
             self._land_again(request, block, _stored(request, block, data), plain, error)
 
     def _read(self, request: Request, target: memoryview) -> None:
@@ -163,17 +199,22 @@ class _Fetch:
 
         certain(self._store, request.key, look, stopped=self._is_stopped)
 
-    def _land(self, request: Request, data: memoryview, plain: Scratch) -> list[tuple[Block, errors.CheckpointError]]:
-        """Bring each block of what was read where it belongs; those that cannot be right, and why."""
-        wrong: list[tuple[Block, errors.CheckpointError]] = []
-        for block in request.blocks:
-            if self._crew.failed:
-                break
-            try:
-                self._take(request, block, self._decode(block, _stored(request, block, data), plain))
-            except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
-                wrong.append((block, error))
-        return wrong
+    def _land(
+        self, request: Request, blocks: Iterator[Block], data: memoryview, plain: Scratch
+    ) -> tuple[Block, errors.CheckpointError] | None:
+        """Bring the next blocks of what was read where they belong, up to one that cannot be right: that one, and why.
+
+        Those behind it wait until it is certain: a small object may claim to hold terabytes, and each block that is decoded takes memory.
+        """
+        with nullcontext() if request.direct else self._decoding:
+            for block in blocks:
+                if self._crew.failed:
+                    break
+                try:
+                    self._take(request, block, self._decode(block, _stored(request, block, data), plain))
+                except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
+                    return block, error
+        return None
 
     def _land_again(
         self, request: Request, block: Block, data: memoryview, plain: Scratch, error: errors.CheckpointError

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncckpt import errors, events
+from asyncckpt.engine import upkeep
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import Pipeline
@@ -44,7 +45,7 @@ class InlineEngine:
         self._keep = keep
         self._listener = listener
         self._retention = bool(keep)
-        self._schedule = Schedule(retention=self._retention)
+        self._schedule = Schedule(retention=self._retention, collection=True)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._runner: TaskRunner  # of the thread
         self._begun = Latch()
@@ -131,7 +132,7 @@ class InlineEngine:
         pipeline.close()
 
     def _fail_all(self, reason: str) -> None:
-        self._schedule = Schedule(retention=self._retention)
+        self._schedule = Schedule(retention=self._retention, collection=True)
         for number in list(self._staged):
             del self._staged[number]
             self._listener.ended(number, None, errors.WorkerDiedError(reason))
@@ -162,6 +163,7 @@ class InlineEngine:
             self._progress(task, data)
             self._answer(self._schedule.done(task, data))
         else:
+            self._tell_of_upkeep(task, upkeep.told_of_failure(data))
             self._answer(self._schedule.failed(task, errors.from_json(data)))
 
     def _progress(self, task: Task, data: dict[str, Any]) -> None:
@@ -177,11 +179,12 @@ class InlineEngine:
                 shards=run.shards,
             )
             self._listener.event(event)
-        elif task.kind == "retain":
-            if data["removed"]:
-                self._listener.event(events.CheckpointsRemoved(tuple(data["removed"])))
-            if data["foreign"]:
-                self._listener.event(events.ForeignCheckpoints(tuple(data["foreign"])))
+        self._tell_of_upkeep(task, data)
+
+    def _tell_of_upkeep(self, task: Task, data: dict[str, Any]) -> None:
+        if task.kind in upkeep.KINDS:
+            for event in upkeep.events_of(task.kind, data):
+                self._listener.event(event)
 
     def _answer(self, ended: Ended | None) -> None:
         if ended is not None:

@@ -1,7 +1,6 @@
 """Which checkpoint is read: the one asked for, or the best that is whole."""
 
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,6 +11,7 @@ from asyncckpt.format import keys
 from asyncckpt.format.record import Record
 from asyncckpt.options import Best, StepChoice
 from asyncckpt.store.base import Store
+from asyncckpt.telling import warn
 
 _RESOLVES = 10  # times that retention may take the chosen checkpoint away under the reader's hands
 
@@ -137,7 +137,7 @@ def _pass_over(
     _forget_locals(error)
     hooks(events.DamageFound(step, error))
     text = f"checkpoint {step} cannot be restored and was passed over: {type(error).__name__}: {error}"
-    warnings.warn(text, stacklevel=callers)
+    warn(text, stacklevel=callers)
 
 
 def _forget_locals(error: BaseException | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from asyncckpt import errors
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
 
-Kind = Literal["check", "shard", "commit", "abandon", "retain"]
+Kind = Literal["check", "shard", "commit", "abandon", "retain", "collect"]
 MAX_DEATHS = 3
 """A task that kills its worker this often fails its save."""
 
@@ -62,12 +62,17 @@ class Ended:
 
 
 class Schedule:
-    """Jobs in order, tasks of the oldest first. `retention`: whether a commit is followed by a retain task."""
+    """Jobs in order, tasks of the oldest first. `retention`: whether a commit is followed by a retain task.
 
-    def __init__(self, *, retention: bool) -> None:
+    `collection`: whether the first commit, and the first one after the death of a worker, is followed by a collect task.
+    """
+
+    def __init__(self, *, retention: bool, collection: bool = False) -> None:
         self.runs: dict[int, JobRun] = {}
         self.tasks: dict[int, Task] = {}
         self._retention = retention
+        self._collection = collection
+        self._to_collect = collection
         self._next = 0
 
     def submit(self, job: SaveJob, shards: int, *, staged: bool = True) -> JobRun:
@@ -147,7 +152,7 @@ class Schedule:
     def failed(self, task: Task, error: BaseException) -> Ended | None:
         """A task failed for good."""
         run = self._settle(task)
-        if task.kind in ("abandon", "retain") or run.outcome is not None:
+        if task.kind in ("abandon", "retain", "collect") or run.outcome is not None:
             # leftovers are found by their missing record; retention runs again after the next save; a committed save stays so
             return self._advance(run)
         run.may_appear = run.may_appear or isinstance(error, errors.CommitUnknownError)
@@ -159,6 +164,7 @@ class Schedule:
     def lost(self, task: Task, reason: str) -> Ended | None:
         """The worker died under this task: again, from the arena. A dead one may have sent the record."""
         task.deaths += 1
+        self._to_collect = self._to_collect or (self._collection and task.kind != "collect")
         task.run.may_appear = task.run.may_appear or task.kind == "commit"
         if task.deaths >= MAX_DEATHS:
             message = f"{task.deaths} workers in a row died on one {task.kind} task: {reason}"
@@ -207,8 +213,10 @@ class Schedule:
         run.stage = "retain"
         if self._retention:
             run.ready.append(self._task("retain", run))
-        else:
-            self._advance(run)
+        if self._to_collect:
+            self._to_collect = False
+            run.ready.append(self._task("collect", run))
+        self._advance(run)
         return Ended(run, run.outcome, None)
 
     def _advance(self, run: JobRun) -> Ended | None:

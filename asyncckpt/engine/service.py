@@ -14,9 +14,10 @@ import time
 from typing import Any
 
 from asyncckpt import errors
+from asyncckpt.engine import upkeep
 from asyncckpt.engine.copying import Copying
 from asyncckpt.engine.job import SaveJob, rules_from_json
-from asyncckpt.engine.schedule import Ended, Schedule, Task
+from asyncckpt.engine.schedule import MAX_DEATHS, Ended, Schedule, Task
 from asyncckpt.engine.seat import STARVED_NICE, Seat, Seats, may_encode_more
 from asyncckpt.engine.wire import Channel
 
@@ -30,7 +31,7 @@ class Service:
         self._trainer: Channel | None = trainer
         self._hello = hello
         self._rules = rules_from_json(hello["keep"])
-        self._schedule = Schedule(retention=bool(self._rules))
+        self._schedule = Schedule(retention=bool(self._rules), collection=True)
         self._selector = selectors.DefaultSelector()
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
         self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
@@ -243,6 +244,7 @@ class Service:
             self._progress(task, message["data"])
             self._answer(self._schedule.done(task, message["data"]))
         else:
+            self._tell_of_upkeep(task, upkeep.told_of_failure(message["data"]))
             self._answer(self._schedule.failed(task, errors.from_json(message["data"])))
 
     def _progress(self, task: Task, data: dict[str, Any]) -> None:
@@ -250,11 +252,11 @@ class Service:
             sizes = {name: data[name] for name in ("key", "raw_bytes", "stored_bytes")}
             counts = {"shards_done": len(task.run.receipts) + 1, "shards": task.run.shards}
             self._tell({"op": "stored", "data": {"step": task.run.job.step, **sizes, **counts}})
-        elif task.kind == "retain":
-            if data["removed"]:
-                self._tell({"op": "removed", "steps": data["removed"]})
-            if data["foreign"]:
-                self._tell({"op": "foreign", "steps": data["foreign"]})
+        self._tell_of_upkeep(task, data)
+
+    def _tell_of_upkeep(self, task: Task, data: dict[str, Any]) -> None:
+        if task.kind in upkeep.KINDS and any(data.values()):
+            self._tell({"op": "upkeep", "kind": task.kind, "data": data})
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -281,6 +283,9 @@ class Service:
             self._tell({"op": "worker_replaced", "reason": f"worker {seat.pid} {reason}"})
         for task in reversed(tasks):
             self._answer(self._schedule.lost(task, reason))
+            if task.deaths >= MAX_DEATHS:
+                died = errors.WorkerDiedError(f"{task.deaths} workers in a row died on one {task.kind} task: {reason}")
+                self._tell_of_upkeep(task, upkeep.told_of_failure(errors.to_json(died)))
 
 
 def main(fd: int) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from asyncckpt import errors
 from asyncckpt.checkpoints import rereading
 from asyncckpt.checkpoints.rereading import Wrong
-from asyncckpt.engine.fetch import fetch
+from asyncckpt.engine.fetch import check_size, fetch
 from asyncckpt.format.digest import digest
 from asyncckpt.format.dtypes import DTYPES
-from asyncckpt.format.frames import decode_frame
+from asyncckpt.format.frames import decode_frame, digest_of_frame
 from asyncckpt.format.index import Index
 from asyncckpt.format.limits import HEADER_BYTES
 from asyncckpt.format.record import newer
@@ -47,24 +47,11 @@ def verify_objects(store: Store, index: Index, folder: str) -> None:
 def _read_header(store: Store, shard: IndexedShard) -> bytes:
     """The header of a shard that has the size that the index states, verified."""
 
-    def size(place: Store) -> Wrong | None:
-        return _look_at_size(place, shard)
-
     def header(place: Store) -> bytes | Wrong:
         return _look_at_header(place, shard)
 
-    rereading.certain(store, shard.key, size)
+    check_size(store, shard)
     return rereading.certain(store, shard.key, header)
-
-
-def _look_at_size(store: Store, shard: IndexedShard) -> Wrong | None:
-    entry = store.head(shard.key)
-    if entry is None:
-        return rereading.missing(shard.key)
-    if entry.stored_bytes == shard.stored_bytes:
-        return None
-    text = f"the object has {entry.stored_bytes} bytes, the index states {shard.stored_bytes}"
-    return rereading.wrong_size(errors.CorruptCheckpointError(text), shard.stored_bytes.__eq__)
 
 
 def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
@@ -73,8 +60,7 @@ def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
         return wrong
     try:
         if len(shard.frames):
-            header = bytearray(int(shard.frames.raw[1]))
-            decode_frame(data, memoryview(header))
+            found = digest_of_frame(data, int(shard.frames.raw[1]))
         else:
             size = _LENGTH_BYTES + int.from_bytes(data, "little")
             if size > min(HEADER_BYTES, shard.raw_bytes):
@@ -82,11 +68,15 @@ def _look_at_header(store: Store, shard: IndexedShard) -> bytes | Wrong:
             data = bytearray(size)
             if wrong := rereading.read_into(store, shard.key, 0, memoryview(data)):
                 return wrong
-            header = data
-        if digest(header) != shard.header_digest:
-            raise rereading.mismatch("the shard's header", digest(header), shard.header_digest.hex())
+            found = digest(data)
+        if found != shard.header_digest:
+            raise rereading.mismatch("the shard's header", found, shard.header_digest.hex())
     except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
         return rereading.refused(error, 0, len(data), digest(data))
+    if not len(shard.frames):
+        return bytes(data)
+    header = bytearray(int(shard.frames.raw[1]))
+    decode_frame(data, memoryview(header))
     return bytes(header)
 
 

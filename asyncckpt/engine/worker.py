@@ -11,23 +11,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from asyncckpt import errors
 from asyncckpt.checkpoints import removal
 from asyncckpt.checkpoints.admission import admit
-from asyncckpt.engine import commit
+from asyncckpt.checkpoints.leftovers import collect
+from asyncckpt.engine import commit, upkeep
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
 from asyncckpt.engine.retention import Retention
 from asyncckpt.engine.wire import Channel, read_memory_file
 from asyncckpt.events import StoreRetried
+from asyncckpt.format import keys
 from asyncckpt.format.digest import DIGEST_BYTES
 from asyncckpt.format.index_builder import IndexBuilder
 from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import KeepRule, S3Options
-from asyncckpt.store.base import Store
+from asyncckpt.store.base import Progress, Store
 from asyncckpt.store.opening import open_store
 
 BEAT_S = 1.0
@@ -35,6 +38,7 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
+_COLLECT_S = 120.0  # of one collection: about a million objects on S3
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
 
 Reply = Callable[[int, str, dict[str, Any]], None]
@@ -43,8 +47,19 @@ Reply = Callable[[int, str, dict[str, Any]], None]
 class TaskRunner:
     """Runs tasks against one store. `reply(task, "done"|"failed"|"encoded", data)` is called from any thread."""
 
-    def __init__(self, store: Store, rules: Sequence[KeepRule], pipeline: Pipeline, reply: Reply) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rules: Sequence[KeepRule],
+        pipeline: Pipeline,
+        reply: Reply,
+        progress: Progress = lambda: None,
+        *,
+        collect_s: float = _COLLECT_S,
+    ) -> None:
         self._store = store
+        self._progress = progress
+        self._collect_s = collect_s
         self._retention = Retention(store, rules)
         self._pipeline = pipeline
         self._reply = reply
@@ -133,6 +148,7 @@ class TaskRunner:
 
         def work() -> dict[str, Any]:
             removal.abandon(self._store, job.step, job.attempt)
+            removal.end_uploads(self._store, _folders(job))
             return {}
 
         self._beside(task, job, work)
@@ -142,6 +158,25 @@ class TaskRunner:
 
         def work() -> dict[str, Any]:
             return self._retention.retain(committed=job.step, lineage=job.lineage).to_json()
+
+        self._beside(task, job, work)
+
+    def collect(self, task: int, job: SaveJob) -> None:
+        """Remove what dead writers left, and end what workers of this very save left open, which is committed by now."""
+        end_s = time.monotonic() + self._collect_s
+
+        def go_on() -> bool:
+            self._progress()
+            return time.monotonic() < end_s
+
+        def work() -> dict[str, Any]:
+            done = collect(self._store, ended=_folders(job), go_on=go_on)
+            if time.monotonic() >= end_s:
+                late = errors.DeadlineExceededError(
+                    f"leftovers were looked for {self._collect_s:.0f} s, and not everywhere; Run(url).collect_garbage() takes the time it needs"
+                )
+                done = replace(done, failures=(*done.failures, late))
+            return upkeep.told_of(done)
 
         self._beside(task, job, work)
 
@@ -160,6 +195,11 @@ class TaskRunner:
         self._reply(task, "failed", errors.to_json(error))
 
 
+def _folders(job: SaveJob) -> list[str]:
+    """Of all attempts of the save."""
+    return [keys.folder(job.step, attempt) for attempt in (job.attempt, *job.earlier_attempts)]
+
+
 class _Worker:
     """A forked worker: messages in, tasks done, replies out."""
 
@@ -169,7 +209,7 @@ class _Worker:
         options = S3Options.from_json(hello["s3"]) if hello["s3"] else None
         store = open_store(hello["url"], options, progress=self.beat, on_retry=self._retried)
         pipeline = Pipeline(store, workers=hello["workers"], progress=self.beat)
-        self._runner = TaskRunner(store, rules, pipeline, self._answer)
+        self._runner = TaskRunner(store, rules, pipeline, self._answer, self.beat)
         self._arenas: dict[int, mmap.mmap] = {}
 
     def serve(self) -> None:

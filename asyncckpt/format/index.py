@@ -126,7 +126,7 @@ def _parse(data: bytes) -> Index:
         tensors=tensors,
         aliases=aliases,
         shards=shards,
-        tree=nodes.check(fields.get("tree", (dict, str))),
+        tree=nodes.check(fields.get("tree", (dict, str)), tensors, aliases),
         parameters={path: _positions(names) for path, names in fields.get("parameters", dict, default={}).items()},
         per_rank=tuple(_path(path) for path in fields.get("per_rank", list, default=[])),
     )

@@ -59,6 +59,10 @@ class TensorRows:
         ):
             own = tuple(chunks[end : end + count])
             end += count
+            if 0 in shape and hollow_bytes(shape, DTYPES[dtype].element_bytes) > limits.HOLLOW_BYTES:
+                raise ResourceLimitError(
+                    f"a tensor without elements whose extents are above {limits.HOLLOW_BYTES} bytes"
+                )
             _check_boxes(own, shape, path)
             found.append(IndexedTensor(group, name, path, dtype, shape, layout, own))
         return found
@@ -80,6 +84,11 @@ class TensorRows:
         _check_ranges(shards, raw_offsets, raw_bytes, of_kind)
         digests = _digests(digits, raw_bytes)
         return list(map(IndexedChunk, offsets, sizes, shards, raw_offsets, raw_bytes, digests))
+
+
+def hollow_bytes(shape: tuple[int, ...], element_bytes: int) -> int:
+    """The bytes of a tensor if its extents of 0 were 1; strides are made of these."""
+    return math.prod(filter(None, shape)) * element_bytes
 
 
 def _columns(rows: list[Any], count: int, message: str) -> list[list[Any]]:

@@ -23,6 +23,7 @@ _RECORD = re.compile(rf"{_STEP}\.json")
 _DAMAGED = re.compile(rf"{_STEP}\.damaged")
 _FOLDER = re.compile(rf"{_STEP}/(?:{_NAME}/)?(?:{_NAME})?")
 _ATTEMPT_FOLDER = re.compile(rf"{_STEP}/{_NAME}/")
+_WRITER_FOLDER = re.compile(rf"{_STEP}/[0-9a-f]{{8}}-[0-9]{{1,20}}/")
 _OBJECT = re.compile(rf"{_STEP}/{_NAME}/{_NAME}")
 _SLUG_CHARACTERS = 64
 
@@ -127,12 +128,23 @@ def parse_folder(key: str) -> int | None:
     return _step(_FOLDER, key)
 
 
+def attempt_folder(key: str) -> str | None:
+    """The folder of a writer's attempt that a key is below, at any depth; None if nothing of that name is a writer's."""
+    match = _WRITER_FOLDER.match(key)
+    return match[0] if match and parse_folder(match[0]) is not None else None
+
+
+def is_object_key(key: str) -> bool:
+    """Whether a checkpoint's object may have this name: `step-<digits>/<attempt>/<name>`."""
+    return _OBJECT.fullmatch(key) is not None
+
+
 def check_object_key(key: str) -> str:
     """Return `key`; `UnsafeCheckpointError` unless it is `step-<digits>/<attempt>/<name>`, whatever an index says.
 
     So nothing read from a store can lead out of the root, to another bucket, or to a record.
     """
-    if type(key) is not str or not _OBJECT.fullmatch(key):
+    if type(key) is not str or not is_object_key(key):
         raise UnsafeCheckpointError(f"not the key of a checkpoint's object: {str(key)[:200]!r}")
     return key
 

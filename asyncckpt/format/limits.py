@@ -17,6 +17,8 @@ TREE_DEPTH = 256
 TENSORS = 1_000_000
 RANK = 64
 """Dimensions of a tensor."""
+HOLLOW_BYTES = 2**63 - 1
+"""What a tensor without elements would have if its extents of 0 were 1: strides must fit in 64 bits."""
 
 INDEX_BYTES = 2**30
 """Of an index's text."""

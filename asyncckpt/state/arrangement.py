@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from asyncckpt.errors import CorruptCheckpointError
@@ -70,7 +71,14 @@ class _Arranging:
     def made(self) -> Arrangement | None:
         names = self._stored_names()
         own = None if names is None else self._own_names(names.count(None))
-        return self._by_position() if names is None or own is None else self._by_name(names, own)
+        if names is not None and own is not None:
+            return self._by_name(names, own)
+        found = self._by_position()
+        shapes = [parameter.shape for parameter in self._live if not nn.parameter.is_lazy(parameter)]
+        if found is not None and self._with_state and len(set(shapes)) < len(shapes):
+            unnamed = "the checkpoint does not name them" if names is None else "the state does not hold them"
+            self._match.by_position[self._path] = unnamed
+        return found
 
     def _stored_names(self) -> list[str | None] | None:
         """Names by position, as the checkpoint stores them; None unless all positions that have state have one, each its own."""

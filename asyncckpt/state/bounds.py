@@ -10,7 +10,9 @@ from typing import Any
 
 from asyncckpt.errors import UnsupportedObjectError, UnsupportedTensorError
 from asyncckpt.format import limits
+from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.frames import compress
+from asyncckpt.format.index_rows import hollow_bytes
 from asyncckpt.format.structure import Structure
 
 _ROW_BYTES = 400  # of a tensor's row in the index, but for its name: shape, chunk, digest
@@ -30,6 +32,9 @@ def check_structure(structure: Structure) -> None:
             reason = (
                 f"{structure.path(at)!r}: shape {spec.shape} has more than {limits.RANK} dimensions, or one above 2^53"
             )
+            raise UnsupportedTensorError(reason, key=structure.path(at))
+        if 0 in spec.shape and hollow_bytes(spec.shape, DTYPES[spec.dtype].element_bytes) > limits.HOLLOW_BYTES:
+            reason = f"{structure.path(at)!r}: shape {spec.shape} has no elements, and strides that no reader can hold"
             raise UnsupportedTensorError(reason, key=structure.path(at))
     _check_index(structure, count)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 _WRAPPERS = {
     ("accelerate", "AcceleratedOptimizer"): "optimizer",
@@ -60,6 +61,26 @@ def unwrap(thing: Any) -> Any:
 def is_gathered_on_one_rank(thing: Any) -> bool:
     """Does `state_dict()` raise on every rank but the one that it was gathered on (`consolidate_state_dict(to=0)`)?"""
     return any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(thing).__mro__)
+
+
+def is_stateful_loader(thing: Any) -> bool:
+    """Is it torchdata's StatefulDataLoader, or what accelerate wraps around one? Neither package is imported."""
+    return any(
+        (base.__module__.partition(".")[0], base.__name__) == ("torchdata", "StatefulDataLoader")
+        for base in thing.__class__.__mro__  # not `type(thing)`: accelerate's loaders claim the class that they hold
+    )
+
+
+def loader_way_out(thing: Any) -> str | None:
+    """For one of accelerate's loaders that has the methods and no state."""
+    if type(thing).__module__.partition(".")[0] != "accelerate" or not isinstance(thing, DataLoader):
+        return None
+    if is_stateful_loader(thing):
+        return None
+    return (
+        "leave it out of the state, or make the Accelerator with "
+        "dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True)"
+    )
 
 
 def is_compiled(kind: type) -> bool:

@@ -37,10 +37,22 @@ def copy_exact(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _single(source: torch.Tensor, dimension: int) -> torch.Tensor:
     """The one slice that fills an expanded dimension."""
-    first = source.narrow(dimension, 0, 1)
-    if not bits_equal(first.expand_as(source), source):
+    if not _is_one(source, dimension):
         raise ValueError("an expanded tensor has one value along a dimension where the checkpoint has several")
-    return first
+    return source.narrow(dimension, 0, 1)
+
+
+def _is_one(source: torch.Tensor, dimension: int) -> bool:
+    return bits_equal(source.narrow(dimension, 0, 1).expand_as(source), source)
+
+
+def takes(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Can `copy_exact` keep every value? Not if an expanded target has one where `source` has several."""
+    return not overlaps(target) or all(
+        _is_one(source, dimension)
+        for dimension, step in enumerate(target.stride())
+        if step == 0 and target.shape[dimension] > 1
+    )
 
 
 def bits_equal(left: torch.Tensor, right: torch.Tensor) -> bool:

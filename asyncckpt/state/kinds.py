@@ -7,6 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from asyncckpt.format import keys
+from asyncckpt.state.capture import is_stateful_loader, loader_way_out
 from asyncckpt.state.rng import RNG
 from asyncckpt.state.tree import entries_of, leaves
 from asyncckpt.state.walk import VALUE
@@ -17,10 +18,14 @@ _RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
 _SCALER_KEYS = frozenset({"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"})
 
 
-def complaints(thing: Any, node: Any, path: str) -> Iterator[str]:
+def complaints(thing: Any, node: Any, path: str, values: Mapping[str, Any]) -> Iterator[str]:
     """Reasons, for the objects whose `load_state_dict` is known: it would raise, or take in silence what the next step stumbles over."""
     known = isinstance(thing, RNG | LRScheduler | torch.amp.GradScaler | torch.optim.Optimizer)
     entries = entries_of(node, path)
+    if way_out := loader_way_out(thing):
+        yield f"a {type(thing).__name__} keeps no place to restore; {way_out}"
+    if is_stateful_loader(thing):
+        yield from _other_workers(thing, entries or {}, path, values)
     kind = type(thing).__name__
     if not known or (isinstance(thing, torch.optim.Optimizer) and type(thing).state_dict is not _STATE_DICT):
         return
@@ -69,6 +74,17 @@ def _other_scheduler(scheduler: LRScheduler, entries: Mapping[str, Any], path: s
         yield (
             f"another kind of scheduler was saved, with {', '.join(sorted(saved - ours))}; "
             f"the state's has {', '.join(sorted(ours - saved))}"
+        )
+
+
+def _other_workers(loader: Any, entries: Mapping[str, Any], path: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """It would take another number in silence, and raise an AssertionError without a word at the next epoch (torchdata 0.11)."""
+    saved = values.get(f"{path}/_snapshot/_main_snapshot/_num_workers") if "_snapshot" in entries else 0
+    own = getattr(loader, "num_workers", None)
+    if entries and isinstance(saved, int) and isinstance(own, int) and saved != own:
+        yield (
+            f"the loader was saved with num_workers={saved} and has {own}; make it with {saved}, or leave it out of the state "
+            "to begin the epoch anew"
         )
 
 

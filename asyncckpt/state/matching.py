@@ -1,7 +1,6 @@
 """A state beside a checkpoint's tree: what differs, which tensors are needed, and what to do with them."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,24 +8,30 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from asyncckpt.errors import CorruptCheckpointError, StateMismatchError, UnsupportedObjectError
+from asyncckpt.errors import CorruptCheckpointError, UnsupportedObjectError
 from asyncckpt.format import keys
 from asyncckpt.state.binding import has_address, view_of
 from asyncckpt.state.capture import Replicated, is_stateful, unwrap
 from asyncckpt.state.copying import Getter, copy_exact, private
+from asyncckpt.state.differences import Differences
 from asyncckpt.state.dtypes import dtype_name
 from asyncckpt.state.homes import Homes, Spec
 from asyncckpt.state.kinds import complaints, group_complaint
 from asyncckpt.state.modules import ModuleLoad
 from asyncckpt.state.optimizers import OptimizerLoad, is_optimizer_node
-from asyncckpt.state.tree import entries_of, leaves, one_item, unescaped, unflatten
+from asyncckpt.state.tree import below, entries_of, leaves, one_item, unescaped, unflatten
 from asyncckpt.state.walk import CONSTANTS, SCALARS, SEQUENCES, TENSORS
 
 Place = Callable[[Getter], Any]
 """Restores one position of the state and returns what belongs there: the same object, or a new value for its parent."""
 
-_SHOWN = 20
-_LOG = logging.getLogger("asyncckpt")
+
+class LoadError(Exception):
+    """The `load_state_dict` of an object raised; the cause says what. `path`: where the object stands; `kind`: its class."""
+
+    def __init__(self, path: str, kind: str) -> None:
+        super().__init__(path, kind)
+        self.path, self.kind = path, kind
 
 
 class Named:
@@ -56,7 +61,7 @@ class Named:
         return self._by_view.get(view_of(tensor), [])
 
 
-class Matching:
+class Matching(Differences):
     """Walks the state beside the checkpoint's tree; collects problems, the tensors needed and what to do."""
 
     def __init__(
@@ -68,16 +73,10 @@ class Matching:
         parameters: Mapping[str, Sequence[str | None]],
         aliases: Mapping[str, str],
     ) -> None:
-        self.specs, self.values, self.strict = specs, values, strict
+        super().__init__(strict=strict)
+        self.specs, self.values = specs, values
         self.parameters = parameters
         """Path of an optimizer in the checkpoint to the path of the parameter at each of its positions."""
-        self.problems: list[str] = []
-        self.absent: list[str] = []
-        """Paths that only the state has, those that only the checkpoint has, and those with two shapes: skipped if not `strict`."""
-        self.surplus: list[str] = []
-        self.reshaped: list[str] = []
-        self.found = 0
-        """How much both sides have."""
         self._aliases = aliases
         self._named = Named()
         self._optimizers: list[Callable[[], None]] = []
@@ -97,36 +96,7 @@ class Matching:
         for thing, node, path in self._schedulers:
             if id(thing.optimizer) in self.regrouped and (problem := group_complaint(thing, node, path, self.values)):
                 self.problems.append(f"{path}: {problem}")
-        self._report()
-
-    def _report(self) -> None:
-        if not self.problems:
-            skipped = [f"{path} is missing in the checkpoint" for path in self.absent]
-            skipped += [f"{path} is missing in the state" for path in self.surplus]
-            skipped += [f"{path} has another shape" for path in self.reshaped]
-            if skipped and not self.found:
-                raise StateMismatchError(
-                    "the state and the checkpoint have nothing in common, so strict=False would load nothing:"
-                    + "".join(f"\n  {one}" for one in skipped[:_SHOWN])
-                )
-            self._tell_of_empty()
-            return
-        shown = "".join(f"\n  {problem}" for problem in self.problems[:_SHOWN])
-        more = f"\n  and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
-        raise StateMismatchError(
-            f"the state and the checkpoint differ in {len(self.problems)} place(s); nothing was loaded:{shown}{more}\n"
-            "Build the state as it was when it was saved; strict=False skips names that only one side has"
-        )
-
-    def _tell_of_empty(self) -> None:
-        """Of what gets nothing at all: strict=False skips names, and a prefix too many skips them all."""
-        got = {path.partition("/")[0] for path in self.paths}
-        lacking = {path.partition("/")[0] for path in [*self.absent, *self.reshaped]}
-        if empty := sorted(lacking - got):
-            _LOG.warning(
-                "strict=False: nothing is loaded into %s; Restored.missing, unexpected and reshaped name what was left alone",
-                ", ".join(map(repr, empty[:_SHOWN])),
-            )
+        self.report(self.paths)
 
     def name(self, key: Any, path: str) -> str | None:
         """The escaped key, or a problem."""
@@ -135,20 +105,6 @@ class Matching:
         except UnsupportedObjectError as error:
             self.problems.append(f"{path}: {error}")
             return None
-
-    def missing(self, path: str, why: str = "missing in the checkpoint") -> None:
-        """A name that only the state has."""
-        if self.strict:
-            self.problems.append(f"{path}: {why}")
-        else:
-            self.absent.append(path)
-
-    def unexpected(self, path: str, why: str = "the state has no such name") -> None:
-        """A name that only the checkpoint has."""
-        if self.strict:
-            self.problems.append(f"{path}: unexpected, {why}")
-        else:
-            self.surplus.append(path)
 
     def live(self, path: str, tensor: torch.Tensor) -> None:
         """This tensor stands at this path of the state."""
@@ -212,6 +168,8 @@ class Matching:
         if is_stateful(target):
             return self._object(target, unwrap(target), node, path)
         if isinstance(target, Mapping):
+            if is_optimizer_node(node) and len(node["dict"]["state"]["dict"]) > 1:
+                self.by_position[path] = "the state holds its state_dict()"
             return self._mapping(target, node, path)
         if isinstance(target, list | tuple) and type(target) not in CONSTANTS and _holds(target):
             return self._sequence(target, node, path)
@@ -273,7 +231,8 @@ class Matching:
         else:
             self.need(node, path)
             self.found += 1
-            self.problems += (f"{path}: {problem}" for problem in complaints(thing, node, path))
+            self.problems += (f"{path}: {problem}" for problem in complaints(thing, node, path, self.values))
+            unflatten(node, lambda _: _NOTHING, self.values, path)  # a value that is not there is found here, not later
             if isinstance(thing, LRScheduler):
                 self._schedulers.append((thing, node, path))
             values = self.values
@@ -282,7 +241,10 @@ class Matching:
                 thing.load_state_dict(unflatten(node, private(get), values, path))
 
         def restore(get: Getter) -> Any:
-            load(get)
+            try:
+                load(get)
+            except Exception as error:
+                raise LoadError(path, type(thing).__name__) from error
             return target
 
         return restore
@@ -302,9 +264,10 @@ class Matching:
                 self.missing(f"{path}/{name}")
         for name, child in left.items():
             if leaves(child, f"{path}/{name}", TENSORS):
-                self.unexpected(f"{path}/{name}")
+                self.unexpected(f"{path}/{name}", "the state has no such name; None there takes what is stored")
             else:
                 places[unescaped(name, path)] = self._value(None, child, f"{path}/{name}")
+        self.check_writable(target, places, path)
 
         def restore(get: Getter) -> Any:
             for key, place in places.items():
@@ -314,6 +277,13 @@ class Matching:
             return target
 
         return restore
+
+    def check_writable(self, target: Mapping[Any, Any], restored: Collection[Any], path: str) -> None:
+        """A read-only dict cannot take new values for these of its keys."""
+        for key in restored if not isinstance(target, MutableMapping) else ():
+            if not restored_in_place(target.get(key)):
+                here = below(path or None, keys.escape(key))
+                self.problems.append(f"{here}: the dict is read-only, so this value cannot be put back; pass a dict")
 
     def _sequence(self, target: list[Any] | tuple[Any, ...], node: Any, path: str) -> Place:
         """A list or tuple that holds something to load into: element by element."""
@@ -365,6 +335,9 @@ def _inside(target: Replicated, place: Place) -> Place:
         return target if value is target.value else Replicated(value)
 
     return restore
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _no_tensor(path: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from asyncckpt.format import keys
 from asyncckpt.state.capture import clean_names, state_dict
 from asyncckpt.state.copying import Getter, copy_exact, overlaps, private
+from asyncckpt.state.differences import without
 from asyncckpt.state.tree import entries_of, unflatten
 
 if TYPE_CHECKING:
@@ -28,14 +29,20 @@ class ModuleLoad:
         self._tensors: list[tuple[str, str]] = []  # key of the module's own state dict, path
         self._others: list[tuple[str, Any, str]] = []  # extra state
         self._lacking: list[tuple[str, Any]] = []  # what the checkpoint lacks, or has in another shape, and what stays
-        state = state_dict(module)
+        self._metadata: Any = None
+        try:
+            state = state_dict(module)
+        except Exception as error:  # noqa: BLE001 - of the module's own code
+            match.problems.append(f"{path}: state_dict() of a {type(module).__name__} raised {error!r}")
+            return
         self._metadata = getattr(state, "_metadata", None)
         entries = entries_of(node, path)
         if entries is None:
             match.problems.append(f"{path}: a module in the state, something else in the checkpoint")
             return
         names = {keys.escape(clean): raw for raw, clean in clean_names(module, state).items()}
-        live = {} if _may_keep(module) or torch.__future__.get_swap_module_params_on_conversion() else _live(module)
+        own_code, problems = _may_keep(module), len(match.problems)
+        live = {} if own_code or torch.__future__.get_swap_module_params_on_conversion() else _live(module)
         for name, raw in names.items():
             in_place = self._compare(raw, state[raw], entries.get(name), f"{path}/{name}", match)
             if in_place and raw in live:
@@ -43,6 +50,11 @@ class ModuleLoad:
         for name in entries:
             if name not in names:
                 match.unexpected(f"{path}/{name}")
+        if own_code and len(match.problems) > problems:
+            match.ways_out.append(
+                f"Loading code of its own in {path!r} may know these names and shapes. It runs with "
+                f"module.load_state_dict(asyncckpt.load(url, prefix={path!r})); then {without(path)}"
+            )
 
     def _compare(self, raw: str, value: Any, node: Any, path: str, match: "Matching") -> bool:
         """One name of the module's state dict, None where the checkpoint lacks it. Will a tensor be loaded?"""

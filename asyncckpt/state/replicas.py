@@ -1,6 +1,5 @@
 """With several ranks, rank 0's state is stored for all: what may be stored so, and what would be wrong on every other rank."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from asyncckpt.state.capture import Replicated, is_stateful, unwrap
 from asyncckpt.state.ranks import rank, world_size
 from asyncckpt.state.rng import RNG
 from asyncckpt.state.walk import MAX_DEPTH, SCALARS
+from asyncckpt.telling import warn
 
 _SAME_EVERYWHERE = (nn.Module, torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler)
 _OWN = (RNG, DataLoader, Sampler, IterableDataset)
@@ -44,7 +44,7 @@ def check(state: Mapping[Any, Any], call: Literal["save", "restore"]) -> None:
     unknown = tuple(path for path, thing in found if is_stateful(thing) and not isinstance(thing, _SAME_EVERYWHERE))
     if unknown and rank() == 0 and unknown not in _warned:
         _warned.add(unknown)
-        warnings.warn(
+        warn(
             f"rank 0's {', '.join(map(repr, unknown[:20]))} is stored for all {ranks} ranks; say asyncckpt.Replicated(x) if it is the same on "
             "every rank, and leave it out of the state if it is not",
             UserWarning,

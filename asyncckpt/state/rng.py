@@ -1,7 +1,6 @@
 """The random number generators of a process, as one object with a state dict."""
 
 import random
-import warnings
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 
 from asyncckpt.errors import StateMismatchError
 from asyncckpt.state.batches import between_epochs
+from asyncckpt.telling import warn
 
 
 class RNG:
@@ -46,7 +46,7 @@ class RNG:
         self._restored = state
         self.between_epochs = bool(state.get("between_epochs"))
         if cuda and torch.cuda.device_count() > len(cuda):
-            warnings.warn(
+            warn(
                 f"the checkpoint holds {len(cuda)} CUDA generators and there are {torch.cuda.device_count()} devices; "
                 "the others keep their state",
                 stacklevel=2,

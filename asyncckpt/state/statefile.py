@@ -1,8 +1,6 @@
-"""The state file: every value that is no tensor, by its full path. The only reader of a pickle in the package stands here."""
+"""The state file: every value that is no tensor, by its full path."""
 
 import io
-import pickle
-import pickletools
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -11,24 +9,18 @@ import torch
 
 from asyncckpt.errors import CorruptCheckpointError, ResourceLimitError, UnsafeCheckpointError
 from asyncckpt.format import limits
+from asyncckpt.state.unpickling import unpickle
 from asyncckpt.state.walk import CONSTANTS, SCALARS
 
-OLDEST_SAFE_TORCH = (2, 10)
-"""CVE-2025-32434 and CVE-2026-24747 let `weights_only=True` run code before this version."""
-
 _ENTRIES = 64
-_GLOBALS = frozenset(
-    {"torch Size", "torch device", "_codecs encode", "__builtin__ set", "__builtin__ complex"}
-    | {str(dtype).replace(".", " ") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-)
-"""What a pickle of our values may name, as pickletools shows it; narrower than what `weights_only` allows."""
-_TENSOR_OPCODES = frozenset({"BINPERSID", "PERSID"})
+_DIRECTORY_BYTES = 2**17
+"""Most that is read at once to learn what an archive holds: a longer list would be made of objects before it could be counted."""
 
 
 def write_state(values: Mapping[str, Any]) -> bytes:
     """`torch.save` of the flat dict, as bytes; `torch.load(weights_only=True)` opens it without us."""
     buffer = io.BytesIO()
-    torch.save(dict(values), buffer)
+    torch.save(dict(values), buffer, pickle_protocol=2)
     return buffer.getvalue()
 
 
@@ -37,31 +29,19 @@ def read_state(data: bytes, *, max_bytes: int = limits.STATE_BYTES) -> dict[str,
 
     Raises:
         ResourceLimitError: Larger than `max_bytes`.
-        UnsafeCheckpointError: Compressed entries (a bomb), a pickle that names anything but plain values, or a torch too old.
+        UnsafeCheckpointError: Compressed entries, or a pickle of anything but plain values, or out of all proportion.
         CorruptCheckpointError: Not a state file.
+        FormatVersionError: An element type that this torch lacks.
     """
-    _require_safe_torch()
     if len(data) > max_bytes:
         raise ResourceLimitError(f"the state file holds {len(data)} bytes, more than the limit of {max_bytes}")
-    archive = _plain_archive(_stored_pickle(data))
-    try:
-        values = torch.load(io.BytesIO(archive), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise UnsafeCheckpointError("the state file's pickle was refused by torch.load(weights_only=True)") from error
-    except Exception as error:
-        raise CorruptCheckpointError(f"the state file cannot be read: {type(error).__name__}: {error}") from error
+    values = unpickle(_stored_pickle(data))
     if type(values) is not dict or not all(type(path) is str for path in values):
         raise CorruptCheckpointError("the state file holds no dict of paths")
     for path, value in values.items():
         if not _is_plain(value):
             raise CorruptCheckpointError(f"the state file holds a {type(value).__name__} at {path!r}", key=path)
     return values
-
-
-def _require_safe_torch() -> None:
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if release < OLDEST_SAFE_TORCH:
-        raise UnsafeCheckpointError(f"torch {torch.__version__} cannot load values safely; use torch 2.10 or later")
 
 
 def _is_plain(value: Any) -> bool:
@@ -72,9 +52,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _stored_pickle(data: bytes) -> bytes:
-    """The pickle inside, after looking that nothing is compressed and that it names nothing but plain values."""
+    """The pickle inside, after looking that nothing is compressed."""
+    file = _File(data)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(file) as archive:
+            file.most_bytes = len(data)
             entries = archive.infolist()
             if len(entries) > _ENTRIES:
                 raise UnsafeCheckpointError(f"the state file has {len(entries)} entries; a state file has few")
@@ -86,31 +68,22 @@ def _stored_pickle(data: bytes) -> bytes:
             inside = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             if len(inside) != 1:
                 raise CorruptCheckpointError("the state file holds no pickle, or several")
-            pickled = archive.read(inside[0])
+            return archive.read(inside[0])
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise CorruptCheckpointError(f"the state file is no archive of torch.save: {error}") from error
-    _check_pickle(pickled)
-    return pickled
 
 
-def _check_pickle(pickled: bytes) -> None:
-    try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == "GLOBAL" and argument not in _GLOBALS:
-                raise UnsafeCheckpointError(
-                    f"the state file's pickle names {str(argument)[:200]!r}, which is no plain value"
-                )
-            if opcode.name in _TENSOR_OPCODES:
-                raise UnsafeCheckpointError("the state file's pickle refers to storages; tensors never stand in it")
-    except (ValueError, UnicodeDecodeError, EOFError, IndexError) as error:
-        raise CorruptCheckpointError(f"the state file's pickle is malformed: {error}") from error
+class _File(io.BytesIO):
+    """An archive of which little is read at once until its entries are counted."""
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.most_bytes = _DIRECTORY_BYTES
+        self._size_bytes = len(data)
 
-def _plain_archive(pickled: bytes) -> bytes:
-    """A fresh archive of that pickle alone: what was checked is what torch reads, however two zip readers differ."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("state/data.pkl", pickled)
-        archive.writestr("state/byteorder", "little")
-        archive.writestr("state/version", "3\n")
-    return buffer.getvalue()
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size_bytes - self.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > self.most_bytes:
+            raise UnsafeCheckpointError(f"the state file lists its entries in more than {self.most_bytes} bytes")
+        return super().read(wanted)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CheckpointError, StateMismatchError
-from asyncckpt.state.copying import Getter, bits_equal
+from asyncckpt.state.copying import Getter, bits_equal, takes
+from asyncckpt.state.differences import without
 from asyncckpt.state.homes import Homes, Spec
-from asyncckpt.state.matching import Matching, Place, restored_in_place
+from asyncckpt.state.matching import LoadError, Matching, Place
 from asyncckpt.state.tree import one_item
 
 
@@ -66,27 +67,48 @@ class RestorePlan:
 
         Raises:
             StateMismatchError: Targets that share memory would get different values; nothing was changed.
-            CheckpointError: A `load_state_dict` raised; the groups before it are restored, it and those behind it are not.
+            CheckpointError: A `load_state_dict` raised. The error names the object and says which groups are overwritten by now.
         """
-        self._check_ties(tensor)
+        self._check_memory(tensor)
         self._homes.crowd(self._targets, {path: id(tensor(path)) for path in self.paths})
-        for key, name, place in self._places:
+        for at, (key, name, place) in enumerate(self._places):
             fill(name)
             try:
                 value = place(tensor)
+            except LoadError as refused:
+                cause = refused.__cause__ or refused
+                what = f"load_state_dict() of {refused.path!r} (a {refused.kind}) raised {_said(cause)}"
+                raise self._half_restored(what, refused.path, at) from cause
             except Exception as error:
-                message = (
-                    f"loading the group {key!r} failed: {type(error).__name__}: {error}; restore again or start anew"
-                )
-                raise CheckpointError(message, key=str(key)) from error
+                raise self._half_restored(f"restoring {key!r} raised {_said(error)}", name, at) from error
             if value is not self._state[key] and isinstance(self._state, MutableMapping):
                 self._state[key] = value
 
-    def _check_ties(self, tensor: Getter) -> None:
-        """A tied target has one value: what the checkpoint holds for its names must agree."""
+    def _half_restored(self, what: str, path: str, at: int) -> CheckpointError:
+        """Which groups hold what, now that the one at this place failed, and the way out."""
+        names = [repr(key) for key, _, _ in self._places]
+        done = f"overwritten by now: {', '.join(names[:at])}; perhaps " if at else "perhaps overwritten "
+        left = f"; as before: {', '.join(names[at + 1 :])}" if names[at + 1 :] else ""
+        error = CheckpointError(
+            f"{what}\n{done}in part: {names[at]}{left}.\nMake {path!r} as it was when it was saved, or {without(path)}, and restore again",
+            key=path,
+        )
+        error.overwritten = True
+        return error
+
+    def _check_memory(self, tensor: Getter) -> None:
+        """A tied target has one value: what the checkpoint holds for its names must agree. So has an expanded one, along a dimension."""
         first: dict[Any, str] = {}
         for target, path in self._targets:
-            if target.numel() and target.layout is torch.strided:
+            if target.layout is not torch.strided:
+                continue
+            if not target.is_contiguous() and not takes(target, tensor(path)):
+                raise StateMismatchError(
+                    f"{path!r} is expanded in the state, with one value along a dimension where the checkpoint has several; "
+                    "nothing was loaded. Put a tensor with memory of its own there: `tensor.clone()`",
+                    key=path,
+                )
+            if target.numel():
                 memory = (target.device, target.data_ptr(), target.dtype, target.shape, target.stride())
                 before = first.setdefault(memory, path)
                 if before != path and not bits_equal(tensor(before), tensor(path)):
@@ -95,6 +117,10 @@ class RestorePlan:
                         "Untie them, or restore into the model that was saved",
                         key=path,
                     )
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def plan_restore(
@@ -130,10 +156,9 @@ def plan_restore(
         if name is not None and name in groups:
             place = match.place(target, groups[name], name)
             places.append((key, name, place))
-            if not isinstance(state, MutableMapping) and not restored_in_place(target):
-                match.problems.append(f"{name}: the state is read-only, so this value cannot be put back; pass a dict")
         elif name is not None:
             match.missing(name, "the checkpoint has no such group")
+    match.check_writable(state, [key for key, _, _ in places], "")
     match.finish()
     return RestorePlan(
         tuple(match.paths),

@@ -61,7 +61,7 @@ class Description:
             self.values.append(path)
             return {"scalar": NUMPY_KINDS[token]}
         if isinstance(token, Refusal):
-            raise token.kind(f"{path!r}: {token.reason}", key=path)
+            raise token.kind(f"{path!r}: {token.reason}", key=path) from token.cause
         count = next(self._tokens)
         if token in (list, tuple):
             inner = [self._node(f"{path}/{keys.escape(at)}", depth=depth + 1) for at in range(count)]
@@ -143,6 +143,22 @@ def check_tree(tree: Any, specs: Mapping[str, tuple[str, tuple[int, ...]]], valu
             raise CorruptCheckpointError(f"the index describes {path!r} as bytes, but stores another tensor", key=path)
     nothing = torch.empty(0, dtype=torch.uint8)
     unflatten(tree, lambda _: nothing, values)
+
+
+def check_stored(tree: Any, values: Mapping[str, Any]) -> None:
+    """`CorruptCheckpointError` unless the state file holds every value that the tree names, before an object is changed."""
+    todo: list[tuple[Any, str | None]] = [(tree, None)]
+    while todo:
+        node, path = todo.pop()
+        if node == VALUE:
+            stored(values, path or "")
+            continue
+        kind, inner = one_item(node, path or "")
+        if kind == "scalar":
+            _scalar(NUMPY_SCALARS[inner], stored(values, path or ""), path or "")
+            continue
+        entries = inner.items() if isinstance(inner, dict) else ((keys.escape(at), one) for at, one in enumerate(inner))
+        todo += [(child, below(path, name)) for name, child in entries if type(child) is dict or child == VALUE]
 
 
 def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:

@@ -14,7 +14,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
-from asyncckpt.state.capture import Replicated, capture_module, is_gathered_on_one_rank, is_stateful, unwrap
+from asyncckpt.state.capture import (
+    Replicated,
+    capture_module,
+    is_gathered_on_one_rank,
+    is_stateful,
+    loader_way_out,
+    unwrap,
+)
 from asyncckpt.state.dtypes import PLAIN_KINDS, kind_complaint
 from asyncckpt.state.packing import TENSOR_KINDS, Packed, Seen, pack
 
@@ -68,14 +75,18 @@ _UNREADABLE = (
 )
 
 
+_WAY_OUT = "leave it out of the state, or save it when its state_dict() works"
+
+
 class Refusal:
     """Token of something that cannot be stored. Equal to nothing, so the slow path finds it and raises with its path."""
 
     __hash__ = object.__hash__
 
-    def __init__(self, kind: type[UnsupportedObjectError] | type[UnsupportedTensorError], reason: str) -> None:
+    def __init__(self, kind: type[SnapshotError], reason: str, cause: BaseException | None = None) -> None:
         self.kind = kind
         self.reason = reason
+        self.cause = cause
 
     def __eq__(self, other: object) -> bool:
         return False
@@ -225,8 +236,10 @@ class Walk:
                 names = []
             elif names is None and packed is None:
                 children = [thing.state_dict()]
-        except Exception as error:
-            raise SnapshotError(f"state_dict() of a {type(thing).__qualname__} raised {error!r}") from error
+        except Exception as error:  # noqa: BLE001 - of the object's own code; raised with its path
+            reason = f"state_dict() of a {type(thing).__name__} raised {error!r}; {loader_way_out(thing) or _WAY_OUT}"
+            self.tokens.append(Refusal(SnapshotError, reason, error))
+            return
         if optimizer is not None:
             self.tokens.append(OPTIMIZER)
             self.optimizers.append(optimizer)

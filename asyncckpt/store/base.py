@@ -84,6 +84,14 @@ class Patience:
     sleep: Callable[[float], None] = time.sleep
 
 
+@dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """An upload that was begun and neither completed nor aborted. `key`: empty where the store does not know it; `token`: the store's name for it."""
+
+    key: str
+    token: str
+
+
 class Upload(ABC):
     """One object sent in parts, in any order and in parallel; it exists only after `complete()`."""
 
@@ -126,6 +134,13 @@ class Store(ABC):
     @abstractmethod
     def start_upload(self, key: str) -> Upload:
         """Begin an object of unknown size."""
+
+    def gather(self) -> list[Buffer]:
+        """An empty list for the buffers of one `put` or `write`, to be filled by `append` alone.
+
+        A store that sends a checksum takes it of each buffer as it comes, while that is in the processor's cache.
+        """
+        return []
 
     @abstractmethod
     def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -178,6 +193,20 @@ class Store(ABC):
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
         """Delete; keys that do not exist are no error."""
+
+    def clock_s(self) -> float:
+        """What the clock says that stamps the objects, unix seconds. Another clock than this host's must be asked."""
+        return time.time()
+
+    def open_uploads(self, prefix: str = "", *, idle_since_s: float | None = None) -> Sequence[OpenUpload]:  # noqa: ARG002 - most stores keep none
+        """Uploads of keys below `prefix` that nobody ended, also those of writers that died.
+
+        With `idle_since_s`, a time of `clock_s`, only those that were begun before and got no part since. A store that cannot tell has none.
+        """
+        return ()
+
+    def abort_upload(self, upload: OpenUpload) -> None:  # noqa: B027 - most stores keep none
+        """End one of them. One that is gone is no error."""
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing
         """Give connections back."""

@@ -6,7 +6,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from asyncckpt.store import beneath
 from asyncckpt.store.base import (
     Buffers,
     Entry,
+    OpenUpload,
     Patience,
     Progress,
     Store,
@@ -25,13 +26,12 @@ from asyncckpt.store.base import (
     is_key,
 )
 from asyncckpt.store.direct import NewFile, gains
-from asyncckpt.store.posix import ABSENT, link, mapped, read, sync_folder, translated, umask, unlink
+from asyncckpt.store.posix import ABSENT, link, mapped, read, rooted, sync_folder, translated, umask, unlink
 from asyncckpt.store.records_lock import RecordsLock
 
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
 _UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
 _SYNC_BYTES = 64 * 2**20  # of one upload
-_ABANDONED_S = 24 * 3600.0
 _TRIES = 100  # a delete in another process may prune a folder as often as we make it
 
 
@@ -40,7 +40,7 @@ class LocalStore(Store):
 
     A write goes to a temporary file in `root/.asyncckpt-unfinished`, is synced, and then gets its name: by `os.link`
     where the name must be free (rename would overwrite), by rename otherwise. Temporary files of writers that were
-    killed are removed by the first write of any store a day later. `root` must be one filesystem, and may be a link. Links
+    killed are its open uploads. `root` must be one filesystem, and may be a link. Links
     below it are read through; whatever removes a name below a link removes the link, and nothing that it points to.
     To replace or to remove what was read takes a lock (`records_lock`).
     """
@@ -53,18 +53,17 @@ class LocalStore(Store):
         self._progress = progress or (lambda: None)
         self._file_mode = 0o666 & ~umask()
         self._synced: set[Path] = set()
-        self._swept = False
         self._records = RecordsLock(self._root / _UNFINISHED, self._make_folder, self._progress)
         self._direct: bool | None = None  # not known before the folder is there
 
     def put(self, key: str, data: Buffers, *, if_absent: bool = False) -> None:
         path = self._path(key)
-        with translated("put", key), self._written(data) as temporary:
+        with translated("put", key), rooted(self._root), self._written(data) as temporary:
             self._publish(temporary, path, if_absent=if_absent)
 
     def start_upload(self, key: str) -> "LocalUpload":
         path = self._path(key)
-        with translated("start_upload", key):
+        with translated("start_upload", key), rooted(self._root):
             temporary, file = self._open_temporary()
         return LocalUpload(self, key, path, temporary, file)
 
@@ -85,7 +84,8 @@ class LocalStore(Store):
     def head(self, key: str) -> Entry | None:
         path = self._path(key)
         try:
-            found = path.stat()
+            with rooted(self._root):
+                found = path.stat()
         except OSError as error:
             if error.errno in ABSENT:
                 return None
@@ -140,6 +140,27 @@ class LocalStore(Store):
                 for gone in beneath.unlink_all(self._root, folder, names):
                     self._synced.discard(self._root / gone)
 
+    def clock_s(self) -> float:
+        """The filesystem's own time, which may be another host's: what it stamps the root with, when that is touched.
+
+        This host's where nobody may touch it, or where it is not there: nothing can be removed then either.
+        """
+        with suppress(OSError):
+            os.utime(self._root)
+            return self._root.stat().st_mtime
+        return time.time()
+
+    def open_uploads(self, prefix: str = "", *, idle_since_s: float | None = None) -> Sequence[OpenUpload]:
+        """Temporary files, whose keys only their writers know: with a `prefix` there are none."""
+        with translated("open_uploads", prefix):
+            names = [] if prefix else _unfinished(self._root / _UNFINISHED, idle_since_s)
+        return [OpenUpload("", name) for name in names]
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        if _UNFINISHED_NAME.fullmatch(upload.token):
+            with translated("abort_upload", upload.key):
+                beneath.unlink_all(self._root, _UNFINISHED, [upload.token])
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
@@ -147,7 +168,8 @@ class LocalStore(Store):
     def _opened(self, operation: str, key: str) -> Iterator[int]:
         path = self._path(key)
         with translated(operation, key):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang us
+            with rooted(self._root):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang us
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise ObjectNotFoundError("no such object", key=key)
@@ -157,7 +179,7 @@ class LocalStore(Store):
 
     def _walk(self, folder: str, name_prefix: str, *, delimiter: bool) -> Iterator[Entry]:
         try:
-            with os.scandir(self._root / folder) as lines:
+            with rooted(self._root), os.scandir(self._root / folder) as lines:
                 found = [(f"{line.name}/" if line.is_dir(follow_symlinks=False) else line.name, line) for line in lines]
         except OSError as error:
             if error.errno in ABSENT:
@@ -192,9 +214,6 @@ class LocalStore(Store):
 
     def _open_temporary(self) -> tuple[Path, NewFile]:
         folder = self._root / _UNFINISHED
-        if not self._swept:
-            self._swept = True
-            _sweep(folder)
         path = folder / secrets.token_hex(16)
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):
@@ -342,16 +361,22 @@ def _file_of(line: "os.DirEntry[str]") -> os.stat_result | None:
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what writers that were killed left behind more than a day ago; a folder behind a link is not ours."""
-    with suppress(OSError):
+def _unfinished(folder: Path, idle_since_s: float | None) -> list[str]:
+    """Temporary files of writers, by name; a folder behind a link is not ours."""
+    found = []
+    try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            with os.scandir(descriptor) as lines:
-                for line in lines:
-                    if _UNFINISHED_NAME.fullmatch(line.name):
-                        with suppress(OSError):
-                            if time.time() - line.stat(follow_symlinks=False).st_mtime > _ABANDONED_S:
-                                os.unlink(line.name, dir_fd=descriptor)
-        finally:
-            os.close(descriptor)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return []
+        raise
+    try:
+        with os.scandir(descriptor) as lines:
+            for line in lines:
+                with suppress(FileNotFoundError):
+                    modified_s = line.stat(follow_symlinks=False).st_mtime
+                    if _UNFINISHED_NAME.fullmatch(line.name) and (idle_since_s is None or modified_s < idle_since_s):
+                        found.append(line.name)
+    finally:
+        os.close(descriptor)
+    return found

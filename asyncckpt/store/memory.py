@@ -91,6 +91,9 @@ class MemoryStore(Store):
             for name in names:
                 self._objects.pop(name, None)
 
+    def clock_s(self) -> float:
+        return self._clock()
+
     def _check_same(self, key: str, old: Version) -> None:
         if key not in self._objects:
             raise ObjectNotFoundError("the object is gone", key=key)

@@ -103,6 +103,28 @@ def umask() -> int:
 
 
 @contextmanager
+def rooted(root: Path) -> Iterator[None]:
+    """Where something is absent because the root can be no folder, that is told: `StoreNotFoundError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in ABSENT:
+            _check_folder(root)
+        raise
+
+
+def _check_folder(path: Path) -> None:
+    """What stands in the way of a folder; that none is there yet is nothing."""
+    for place in (path, *path.parents):
+        if os.path.isdir(place):  # noqa: PTH112 - Path.is_dir raises where we may not look
+            return
+        if os.path.exists(place):  # noqa: PTH110 - as above
+            raise StoreNotFoundError(f"{place} is a file, and checkpoints need a folder")
+        if os.path.lexists(place):
+            raise StoreNotFoundError(f"{place} is a link that leads nowhere; mount or make what it points to")
+
+
+@contextmanager
 def translated(operation: str, key: str) -> Iterator[None]:
     """Raise our error for an `OSError`; one of ours learns its key."""
     try:

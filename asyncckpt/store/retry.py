@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -20,7 +20,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Upload, Version
+from asyncckpt.store.base import Buffer, Buffers, Entry, OpenUpload, Progress, Store, Upload, Version
 
 _LOG = logging.getLogger("asyncckpt")
 _ABORT_DEADLINE_S = 60.0  # an abort cleans up behind a failure that somebody waits to hear of
@@ -80,6 +80,9 @@ class RetryingStore(Store):
 
     def start_upload(self, key: str) -> Upload:
         return _RetryingUpload(self, key, self._try("start_upload", key, lambda: self._inner.start_upload(key)))
+
+    def gather(self) -> list[Buffer]:
+        return self._inner.gather()
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self._try("get", key, lambda: self._inner.get(key, max_bytes=max_bytes))
@@ -165,6 +168,15 @@ class RetryingStore(Store):
     def delete(self, keys: Iterable[str]) -> None:
         names = tuple(keys)
         self._try("delete", names[0] if names else "", lambda: self._inner.delete(names))
+
+    def clock_s(self) -> float:
+        return self._try("clock", "", self._inner.clock_s)
+
+    def open_uploads(self, prefix: str = "", *, idle_since_s: float | None = None) -> Sequence[OpenUpload]:
+        return self._try("open_uploads", prefix, lambda: self._inner.open_uploads(prefix, idle_since_s=idle_since_s))
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        self._try("abort_upload", upload.key, lambda: self._inner.abort_upload(upload))
 
     def close(self) -> None:
         self._inner.close()

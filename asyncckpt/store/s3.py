@@ -1,6 +1,5 @@
 """A store below a prefix of an S3 bucket, on AWS or on anything that speaks S3."""
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -16,14 +15,25 @@ from asyncckpt.errors import (
     ResourceLimitError,
     StoreError,
     TransientStoreError,
-    UnsafeStoreError,
 )
 from asyncckpt.options import S3Options
-from asyncckpt.store.base import Buffers, Entry, Progress, Store, Version, byte_views, check_key, is_key
-from asyncckpt.store.s3_answers import entries
+from asyncckpt.store import s3_open_uploads
+from asyncckpt.store.base import (
+    Buffer,
+    Buffers,
+    Entry,
+    OpenUpload,
+    Progress,
+    Store,
+    Version,
+    byte_views,
+    check_key,
+    is_key,
+)
+from asyncckpt.store.s3_answers import entries, parse_range, time_of
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
-from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated
+from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated, unsafe
 from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
 
 _DELETE_BATCH = 1000  # what DeleteObjects takes
@@ -83,7 +93,7 @@ class S3Store(Store):
             if status_of(error.__cause__) != 501:
                 raise
             if not self._options.single_writer:
-                raise _unsafe("refuses `If-None-Match`", key) from error
+                raise unsafe("refuses `If-None-Match`", key) from error
             self._put(key, data, **params)
 
     def start_upload(self, key: str) -> S3Upload:
@@ -108,6 +118,9 @@ class S3Store(Store):
             self._lost_starts.discard(key)
         return upload
 
+    def gather(self) -> list[Buffer]:
+        return self._checksums.gather()
+
     def get(self, key: str, *, max_bytes: int) -> bytes:
         return self.get_version(key, max_bytes=max_bytes).data
 
@@ -119,7 +132,7 @@ class S3Store(Store):
         answer = self._ask("get_object", key, Key=name, Range=f"bytes={start}-{end - 1}")
         with closing(answer["Body"]) as body:
             sent = answer.get("ContentRange") or f"bytes 0-{answer['ContentLength'] - 1}/{answer['ContentLength']}"
-            first, last, stored_bytes = _parse_range(sent)
+            first, last, stored_bytes = parse_range(sent)
             if stored_bytes < end:
                 raise CorruptCheckpointError(f"the object has {stored_bytes} bytes, and {end} are asked for", key=key)
             if first != start or last < end - 1:
@@ -209,10 +222,7 @@ class S3Store(Store):
             self._put(key, data, Key=name, IfMatch=old.tag)
 
     def remove(self, key: str, old: Version) -> None:
-        """As the contract says, by one DELETE with `If-Match`. A store that ignores it there (MinIO does) removes what stands.
-
-        With `single_writer` the object is read before instead.
-        """
+        """By one DELETE with `If-Match`, where a store that ignores it (MinIO does) removes what stands. `single_writer`: by a look before."""
         condition = {"IfMatch": old.tag}
         with suppress(ObjectNotFoundError), _told_apart(key):
             if self._options.single_writer:
@@ -223,7 +233,7 @@ class S3Store(Store):
                 self._ask("delete_object", key, Key=self._key(key), **condition)
             except StoreError as error:
                 if condition and status_of(error.__cause__) == 501:
-                    raise _unsafe("refuses `If-Match` for deletions", key) from error
+                    raise unsafe("refuses `If-Match` for deletions", key) from error
                 raise
 
     def _check_same(self, key: str, old: Version, although: str = "") -> None:
@@ -240,7 +250,7 @@ class S3Store(Store):
             if self._replaces or self._refuses_another_tag(key):
                 self._replaces = True
                 return
-        raise _unsafe("ignores `If-Match`", key)
+        raise unsafe("ignores `If-Match`", key)
 
     def _refuses_another_tag(self, key: str) -> bool:
         folder = key.rpartition("/")[0] or self._folder
@@ -291,6 +301,15 @@ class S3Store(Store):
                 )
                 raise mapped(cause, "delete_objects", str(failed.get("Key", ""))[len(self._prefix) :])
         return True
+
+    def clock_s(self) -> float:
+        return time_of(self._ask("list_objects_v2", "", Prefix=self._prefix, MaxKeys=1))
+
+    def open_uploads(self, prefix: str = "", *, idle_since_s: float | None = None) -> Sequence[OpenUpload]:
+        return s3_open_uploads.find(self._ask, self._prefix, prefix, idle_since_s)
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        S3Upload(self, upload.key, upload.token).abort()
 
     def close(self) -> None:
         with self._lock:
@@ -343,12 +362,9 @@ class S3Store(Store):
         except StoreError as error:
             if self._checksums.is_settled() or not refuses(error):
                 raise
-            self._send_checked(
-                "put_object", key, data, "md5", **params
-            )  # as old as S3: who knows no other knows this one
-        folder = key.rpartition("/")[0]
-        if folder:
-            self._folder = folder
+            # as old as S3: who knows no other knows this one
+            self._send_checked("put_object", key, data, "md5", **params)
+        self._folder = key.rpartition("/")[0] or self._folder
 
     def _put_small(self, key: str, data: bytes, **params: Any) -> Any:
         return self._send("put_object", key, Key=self._key(key), Body=data, **params)
@@ -393,14 +409,6 @@ class S3Store(Store):
                 self._progress()
 
 
-def _unsafe(what: str, key: str) -> UnsafeStoreError:
-    return UnsafeStoreError(
-        f"this store {what}, so one of two writers could undo unseen what the other has just done; if there is only one, say"
-        " S3Options(single_writer=True)",
-        key=key,
-    )
-
-
 @contextmanager
 def _around_the_put(*, unanswered: bool) -> Iterator[None]:
     """What fails before a request that changes something says that nothing was changed; what fails behind it says that much was."""
@@ -420,11 +428,3 @@ def _told_apart(key: str) -> Iterator[None]:
         changed = ObjectChangedError("another object stands there by now", key=key)
         changed.unanswered = error.unanswered
         raise changed from error
-
-
-def _parse_range(text: str) -> tuple[int, int, int]:
-    """First byte, last byte and size of the object, from a `Content-Range`."""
-    found = re.fullmatch(r"bytes (\d+)-(-?\d+)/(\d+)", text)
-    if not found:
-        raise StoreError(f"the store sent a range that nobody can read: {text[:100]!r}")
-    return int(found[1]), int(found[2]), int(found[3])

@@ -7,9 +7,10 @@ it says nothing about what was asked, so it is worth another try, and at the dea
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
-from asyncckpt.errors import TransientStoreError
+from asyncckpt.errors import StoreError, TransientStoreError
 from asyncckpt.store.base import Entry
 from asyncckpt.store.s3_errors import redact
 
@@ -22,6 +23,7 @@ _HEADERS = {
 }
 _ROOTS = {
     "ListObjectsV2": "ListBucketResult",
+    "ListParts": r"ListParts\w*",  # moto ends the word otherwise
     "ListMultipartUploads": "ListMultipartUploadsResult",
     "DeleteObjects": "DeleteResult",
     "CompleteMultipartUpload": "CompleteMultipartUploadResult",
@@ -69,6 +71,25 @@ def entries(page: Mapping[str, Any], bucket: str, prefix: str) -> list[Entry]:
         return found + [Entry(item["Prefix"][len(prefix) :]) for item in page.get("CommonPrefixes", ())]
     except KeyError as error:
         raise TransientStoreError(f"a line of a listing has no {error}") from error
+
+
+def time_of(answer: Mapping[str, Any]) -> float:
+    """When the store answered, by its own clock, in unix seconds. `StoreError` if it does not say."""
+    said = str(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+    try:
+        return parsedate_to_datetime(said).timestamp()
+    except ValueError as error:
+        raise StoreError(
+            f"this store does not say what time it is ({said[:100]!r}), so nobody can tell what is old there"
+        ) from error
+
+
+def parse_range(text: str) -> tuple[int, int, int]:
+    """First byte, last byte and size of the object, from a `Content-Range`."""
+    found = re.fullmatch(r"bytes (\d+)-(-?\d+)/(\d+)", text)
+    if not found:
+        raise StoreError(f"the store sent a range that nobody can read: {text[:100]!r}")
+    return int(found[1]), int(found[2]), int(found[3])
 
 
 def _unlike_s3(operation: str, status: int, headers: dict[str, str], body: bytes) -> str:

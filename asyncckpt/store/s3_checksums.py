@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from asyncckpt.errors import StoreError, TransientStoreError
-from asyncckpt.store.base import Buffers
-from asyncckpt.store.checksum import HEADERS, IN_HARDWARE, Algorithm, checksum, etag_of
+from asyncckpt.store.base import Buffer, Buffers
+from asyncckpt.store.checksum import HEADERS, IN_HARDWARE, Algorithm, Summed, checksum, etag_of
 from asyncckpt.store.s3_errors import CHANGED, code_of, status_of
 
 _LOG = logging.getLogger("asyncckpt")
@@ -64,6 +64,13 @@ class Checksums:
     def is_settled(self) -> bool:
         """Whether `rung` is what the store was found, or is said, to verify."""
         return self._settled is not None
+
+    def gather(self) -> list[Buffer]:
+        """For the buffers of one body: summed as they come, where the sum is cheap and likely to be asked for."""
+        rung = self._settled or "crc32c"
+        if rung == "crc32" or (rung == "crc32c" and IN_HARDWARE):
+            return Summed(rung)
+        return []
 
     def verify(self, rung: Rung, sent: dict[str, str], answer: dict[str, Any], key: str, part: int) -> None:
         """Hold the answer to a put against what was sent; `TransientStoreError` if other bytes arrived."""

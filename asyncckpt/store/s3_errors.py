@@ -23,6 +23,7 @@ from asyncckpt.errors import (
     StoreError,
     StoreNotFoundError,
     TransientStoreError,
+    UnsafeStoreError,
 )
 
 _CODES: dict[type[StoreError], str] = {
@@ -158,6 +159,15 @@ def _mapped_answer(error: boto.ClientError, operation: str, key: str) -> StoreEr
     refused = (code in _REFUSED or status == 429) and status < 500
     found.unanswered = kind is TransientStoreError and not refused
     return found
+
+
+def unsafe(what: str, key: str) -> UnsafeStoreError:
+    """The store does not compare before it changes something."""
+    return UnsafeStoreError(
+        f"this store {what}, so one of two writers could undo unseen what the other has just done; if there is only one, say"
+        " S3Options(single_writer=True)",
+        key=key,
+    )
 
 
 def code_of(error: BaseException | None) -> str:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from email.utils import formatdate
 from urllib.parse import unquote, unquote_plus
 
 import numpy as np
@@ -134,6 +135,7 @@ class Connection:
         self._pace_out.begin()
         length_bytes = sum(map(len, answer.pieces)) if answer.length_bytes is None else answer.length_bytes
         lines = [f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, 'Other')}", "Server: sink"]
+        lines.append(f"Date: {formatdate(usegmt=True)}")
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         if answer.status != 204:
             lines.append(f"Content-Length: {length_bytes}")

@@ -54,6 +54,14 @@ class StoreContract:
         store.put("a/b.bin", [b"one", bytearray(b"two"), b"", memoryview(numbers), memoryview(b"-three-")[1:6]])
         assert store.get("a/b.bin", max_bytes=100) == b"onetwo" + numbers.tobytes() + b"three"
 
+    def test_buffers_that_the_store_gathered_come_back_joined(self, store: Store) -> None:
+        for key, count in (("few", 2), ("many", 300)):
+            body = store.gather()
+            for number in range(count):
+                body.append(memoryview(bytes([number % 256]) * 1000))
+            store.put(key, body)
+            assert store.get(key, max_bytes=10**6) == b"".join(body)
+
     def test_an_empty_object_exists(self, store: Store) -> None:
         store.put("empty", [])
         assert store.get("empty", max_bytes=0) == b""
@@ -214,6 +222,45 @@ class StoreContract:
         upload.complete()
         upload.abort()
         assert store.get("key", max_bytes=100) == b"content"
+
+    def test_the_clock_is_the_one_that_stamps_objects(self, store: Store) -> None:
+        store.put("key", [b"x"])
+        entry = store.head("key")
+        assert entry is not None
+        assert abs(store.clock_s() - entry.modified_s) < 10
+        store.delete(["key"])
+        assert abs(store.clock_s() - entry.modified_s) < 10
+
+    def test_a_root_that_was_never_written_has_a_clock_and_no_open_uploads(self, store: Store) -> None:
+        assert abs(store.clock_s() - time.time()) < 60
+        assert list(store.open_uploads()) == []
+
+    def test_an_open_upload_is_found_and_ended_by_whoever_did_not_begin_it(self, store: Store) -> None:
+        upload = store.start_upload("folder/key")
+        upload.write(1, 0, [bytes(store.min_part_bytes)])
+        for found in store.open_uploads():
+            store.abort_upload(found)
+            store.abort_upload(found)
+        assert list(store.open_uploads()) == []
+        store.put("folder/other", [b"x"])
+        assert self.keys(store) == ["folder/other"]
+        upload.abort()
+
+    def test_an_upload_that_ended_is_not_open(self, store: Store) -> None:
+        completed, aborted = store.start_upload("a/completed"), store.start_upload("a/aborted")
+        for upload in (completed, aborted):
+            upload.write(1, 0, [b"content"])
+        completed.complete()
+        aborted.abort()
+        assert list(store.open_uploads()) == []
+        assert self.keys(store) == ["a/completed"]
+
+    def test_an_upload_that_was_touched_lately_is_not_idle(self, store: Store) -> None:
+        upload = store.start_upload("folder/key")
+        upload.write(1, 0, [bytes(store.min_part_bytes)])
+        assert list(store.open_uploads(idle_since_s=store.clock_s() - 60)) == []
+        assert list(store.open_uploads(idle_since_s=store.clock_s() + 60)) == list(store.open_uploads())
+        upload.abort()
 
     def test_threads_may_share_the_store(self, store: Store) -> None:
         def cycle(number: int) -> bytes:

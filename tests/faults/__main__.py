@@ -7,7 +7,7 @@ import time
 import warnings
 
 from tests.faults.campaign import SCENARIOS, VICTIMS, Table, drawn, in_parallel, run, systematic
-from tests.faults.fates import FILE_FAULTS, REQUEST_FAULTS, Case
+from tests.faults.fates import FILE_FAULTS, REQUEST_FAULTS, WIRE_FAULTS, Case
 from tests.faults.places import PLACES
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     )
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--store", choices=sorted(PLACES), default="memory")
-    parser.add_argument("--fault", choices=sorted({*REQUEST_FAULTS, *FILE_FAULTS}), default="")
+    parser.add_argument("--fault", choices=sorted({*REQUEST_FAULTS, *WIRE_FAULTS, *FILE_FAULTS}), default="")
     parser.add_argument("--at", default="", help="the point, as a failure prints it")
     parser.add_argument("--victim", choices=VICTIMS, default="worker")
     chosen = parser.parse_args()

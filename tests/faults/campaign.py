@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.faults.fates import FILE_FAULTS, HARMLESS, KILLS, REQUEST_FAULTS, Case, Point, possible
+from tests.faults.fates import FILE_FAULTS, HARMLESS, KILLS, REQUEST_FAULTS, WIRE_FAULTS, Case, Point, possible
 from tests.faults.lives import scale_limits
 from tests.faults.oracle import KINDS
 from tests.faults.places import PLACES, Place
@@ -84,7 +84,8 @@ def systematic(scenario: str, store: str, faults: Sequence[str] | None = None) -
     if store == "service":
         kills = itertools.product(VICTIMS, KILLS, points)
         return [Case(scenario, store, fault, str(point), victim=victim) for victim, fault, point in kills]
-    chosen = faults or (REQUEST_FAULTS if store in ("memory", "s3") else FILE_FAULTS)
+    of_store = {"memory": REQUEST_FAULTS, "s3": (*REQUEST_FAULTS, *WIRE_FAULTS)}
+    chosen = faults or of_store.get(store, FILE_FAULTS)
     return [
         Case(scenario, store, fault, str(point))
         for fault in chosen
@@ -106,7 +107,7 @@ def drawn(runs: int, seed: int, scenarios: Sequence[str] = tuple(SCENARIOS)) -> 
                 (kills if case.fault in KILLS else others).append(case)
     for scenario in [name for name in ("save", "retention", "replace") if name in scenarios]:
         served += systematic(scenario, "service")
-        sent += systematic(scenario, "s3", (*KILLS, "lost-answer", "late-always"))
+        sent += systematic(scenario, "s3", (*KILLS, "lost-answer", "late-always", *WIRE_FAULTS))
     for cases in (kills, others, served, sent):
         dice.shuffle(cases)
     taken = [*served[: runs // 25], *sent[: runs // 50], *kills[: runs // 2]]

@@ -4,7 +4,7 @@ import random
 import re
 import shlex
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 KILLS = ("kill-before", "kill-after")
 _ONCE = ("lost-request", "lost-answer", "late")
@@ -18,9 +18,13 @@ later. `*-always`: the same for every further try of this request in this life, 
 `doubled`: it arrives now, and again later. `refused`: an error that no retry cures, once. `outage`: from here on nothing
 is answered, as long as this life lasts. `absent`: an object that is there is said not to be, once.
 """
+WIRE_FAULTS = ("delay", "truncate", "throttle", "flip")
+"""Of bytes on their way to or from a real server. `delay`: a request waits before it arrives. `truncate`: an answer ends in the middle.
+`throttle`: an answer trickles. `flip`: one bit changes, of the request's body, or where it has none of the answer's.
+"""
 FILE_FAULTS = (*KILLS, "eio", "enospc", "full")
 """Of a local store's file operations. `eio`, `enospc`: that error, once. `full`: from here on the disk takes nothing more."""
-HARMLESS = frozenset({"lost-request", "lost-answer"})
+HARMLESS = frozenset({"lost-request", "lost-answer", *WIRE_FAULTS})
 """Faults that the retries of a save must hide completely: everything is committed, and nothing is left behind."""
 WRITING = frozenset({"put", "replace", "remove", "delete", "complete"})
 _ATTEMPT = re.compile(r"\b([0-9a-f]{8})-([0-9]+)\b")
@@ -95,6 +99,31 @@ class Case:
         return asdict(self)
 
 
+class Fate(Protocol):
+    """Which fault meets a point, and how many requests later a late or doubled one arrives."""
+
+    def fault(self, point: Point) -> str: ...
+
+    def delay(self, point: Point) -> int: ...
+
+
+class Weather:
+    """Bad all the time: so many of all requests meet a fault that retries must hide. It depends on the seed and the point alone."""
+
+    def __init__(self, rate: float, seed: int) -> None:
+        self._rate, self._seed = rate, seed
+
+    def fault(self, point: Point) -> str:
+        rng = random.Random(f"{self._seed} {point}")
+        if rng.random() >= self._rate:
+            return ""
+        faults = ("lost-request", "lost-answer", "late", "doubled", *WIRE_FAULTS)
+        return rng.choice([fault for fault in faults if possible(fault, point.operation)])
+
+    def delay(self, point: Point) -> int:
+        return random.Random(f"late {self._seed} {point}").choice((1, 3, 8, 20))
+
+
 class Dice:
     """Which fault meets which point. It depends on the case and the point alone: threads may come in any order."""
 
@@ -112,7 +141,8 @@ class Dice:
             return ""
         if case.store in ("local", "service"):
             return rng.choice(FILE_FAULTS)
-        return rng.choice([fault for fault in REQUEST_FAULTS if possible(fault, point.operation)])
+        faults = (*REQUEST_FAULTS, *WIRE_FAULTS) if case.store == "s3" else REQUEST_FAULTS
+        return rng.choice([fault for fault in faults if possible(fault, point.operation)])
 
     def delay(self, point: Point) -> int:
         """So many requests later a late or doubled one arrives. Without dice: when all lives with faults are over."""

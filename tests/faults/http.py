@@ -8,19 +8,25 @@ import signal
 import socket
 import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.faults.fates import ALWAYS, KILLS, Case, Dice, Names, Point
+from asyncckpt.store.checksum import HEADERS, checksum
+from tests.faults.fates import ALWAYS, KILLS, WIRE_FAULTS, Fate, Names, Point
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
+_SLOW_S = 0.3  # what a delayed request waits, and what a throttled answer takes
+_PIECES = 10  # of a throttled answer
+_CHECKSUMS = {"crc32c": "x-amz-checksum-crc32c", "crc32": "x-amz-checksum-crc32", "md5": "content-md5"}
+Answer = tuple[int, list[Any], bytes]
 
 
 class Proxy:
     """In front of the server at `endpoint`, for one run; `root` is the bucket and prefix that its keys are below."""
 
-    def __init__(self, endpoint: str, root: str, case: Case) -> None:
+    def __init__(self, endpoint: str, root: str, fate: Fate) -> None:
         self._control, theirs = socket.socketpair()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -28,13 +34,13 @@ class Proxy:
             if self.pid == 0:
                 with contextlib.suppress(BaseException):
                     self._control.close()
-                    _Server(listener, endpoint, root, case).control(theirs)
+                    _Server(listener, endpoint, root, fate).control(theirs)
                 os._exit(0)
         theirs.close()
         self._stream = self._control.makefile("rw")
 
     def ask(self, command: str, *arguments: Any) -> Any:
-        """Have the proxy do something: `begin(life, victim)`, `deliver()`, `facts()`."""
+        """Have the proxy do something: `begin(life, victim)`, `away(bool)`, `deliver()`, `facts()`."""
         self._stream.write(json.dumps([command, *arguments]) + "\n")
         self._stream.flush()
         return json.loads(self._stream.readline())
@@ -48,12 +54,12 @@ class Proxy:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, listener: socket.socket, endpoint: str, root: str, case: Case) -> None:
+    def __init__(self, listener: socket.socket, endpoint: str, root: str, fate: Fate) -> None:
         super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.host = urlsplit(endpoint).netloc
-        self.root, self.dice, self.names = root, Dice(case), Names()
+        self.root, self.fate, self.names = root, fate, Names()
         self.lock = threading.RLock()
         self.life = self.victim = 0
         self.over = ""  # how this life's network ended
@@ -75,6 +81,9 @@ class _Server(ThreadingHTTPServer):
     def begin(self, life: int, victim: int) -> None:
         self.life, self.victim, self.over, self.always = life, victim, "", {}
 
+    def away(self, is_away: bool) -> None:
+        self.over = "outage" if is_away else ""
+
     def facts(self) -> dict[str, Any]:
         return {"points": [str(point) for point in self.points], "fired": self.fired}
 
@@ -84,7 +93,12 @@ class _Server(ThreadingHTTPServer):
         for _, request in due:
             self.forward(*request)
 
-    def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, list[Any], bytes]:
+    def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+        """The server's answer; but the server verifies no checksum of a body, so that is done here, as S3 does it."""
+        sent = {name.lower(): value for name, value in headers.items()}
+        for algorithm in HEADERS:
+            if sent.get(_CHECKSUMS[algorithm], expected := checksum(algorithm, [body])) != expected:
+                return error(400, "BadDigest")
         connection = http.client.HTTPConnection(self.host, timeout=30)
         try:
             connection.request(method, path, body=body, headers=headers)
@@ -111,11 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
             point = server.names.point(server.life, *self.named())
             server.points.append(point)
             server.deliver(everything=False)
-            fault = server.always.get((point.operation, point.key)) or server.dice.fault(point)
+            fault = server.always.get((point.operation, point.key)) or server.fate.fault(point)
             if not fault:
                 return self.answer(*server.forward(*request))
             server.fired.append(f"{point} {fault}")
-            return self.meet(fault, point, request)
+            if fault not in WIRE_FAULTS:
+                return self.meet(fault, point, request)
+        return self.spoil(fault, *request)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
 
@@ -140,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in (*KILLS, "outage"):
             server.over = fault
         if fault in ("late", "doubled"):
-            server.late.append((len(server.points) + server.dice.delay(point), request))
+            server.late.append((len(server.points) + server.fate.delay(point), request))
         if fault in ("kill-after", "lost-answer", "doubled"):
             answer = server.forward(*request)
             if fault == "doubled":
@@ -148,12 +164,21 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in KILLS:
             os.kill(server.victim, signal.SIGKILL)
         if fault in ("refused", "absent"):
-            status, code = (403, "AccessDenied") if fault == "refused" else (404, "NoSuchKey")
-            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
-            return self.answer(status, [("Content-Type", "application/xml")], body.encode())
+            return self.answer(*(error(403, "AccessDenied") if fault == "refused" else error(404, "NoSuchKey")))
         return self.reset()
 
-    def answer(self, status: int, headers: list[Any], body: bytes) -> None:
+    def spoil(self, fault: str, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
+        """A fault of bytes on their way; nobody else waits for it."""
+        if fault == "delay":
+            time.sleep(_SLOW_S)
+        with self.server.lock:
+            sent = flipped(body) if fault == "flip" else body
+            status, names, content = self.server.forward(method, path, headers, sent)
+        if fault == "flip" and not body:
+            content = flipped(content)
+        self.answer(status, names, content, how=fault)
+
+    def answer(self, status: int, headers: list[Any], body: bytes, how: str = "") -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("connection", "transfer-encoding", "content-length"):
@@ -161,8 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
         length = {name.lower(): value for name, value in headers}.get("content-length", str(len(body)))
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        pieces = _PIECES if how == "throttle" else 1
+        for at in range(0, len(body), size := -(-len(body) // pieces) or 1):
+            time.sleep(_SLOW_S / _PIECES if how == "throttle" else 0)
+            self.wfile.write(body[at : at + size] if how != "truncate" else body[: len(body) // 2])
+        if how == "truncate":
+            self.reset()
 
     def reset(self) -> None:
         self.close_connection = True
@@ -171,3 +202,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def error(status: int, code: str) -> Answer:
+    """S3's words for a refusal."""
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
+    return status, [("Content-Type", "application/xml")], body.encode()
+
+
+def flipped(body: bytes) -> bytes:
+    """With one bit in the middle changed."""
+    middle = len(body) // 2
+    return body[:middle] + bytes(byte ^ 16 for byte in body[middle : middle + 1]) + body[middle + 1 :]

@@ -235,11 +235,11 @@ class S3Place(ForkedPlace):
     """A real S3 server behind a proxy that has the faults; the engine in the trainer."""
 
     def __init__(self, case: Case) -> None:
-        endpoint, bucket = _s3_server()
+        endpoint, bucket = s3_server()
         prefix = f"run-{secrets.token_hex(6)}"
         self.url = f"s3://{bucket}/{prefix}"
         super().__init__(open_store(self.url, S3Options(endpoint_url=endpoint)))
-        self._proxy = Proxy(endpoint, f"{bucket}/{prefix}", case)
+        self._proxy = Proxy(endpoint, f"{bucket}/{prefix}", Dice(case))
 
     def disturbed(self, number: int, act: Act) -> None:
         super().disturbed(number, act)
@@ -262,7 +262,7 @@ class S3Place(ForkedPlace):
 
 
 @functools.cache
-def _s3_server() -> tuple[str, str]:
+def s3_server() -> tuple[str, str]:
     """One server for this process and those that it forks: its address, and a bucket."""
     import boto3
 

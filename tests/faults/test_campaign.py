@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.faults.campaign import VICTIMS, Verdict, drawn, in_parallel, rehearsed, run, systematic
-from tests.faults.fates import KILLS, REQUEST_FAULTS, Case
+from tests.faults.fates import KILLS, REQUEST_FAULTS, WIRE_FAULTS, Case
 from tests.faults.lives import limits_as_before
 from tests.faults.places import PLACES, MemoryPlace
 from tests.faults.requests import ForgetfulStore, HidingStore, OverwritingStore, UnconditionalStore
@@ -71,6 +71,12 @@ def test_whoever_is_killed_at_a_workers_file_operation_nothing_is_lost(victim):
 def test_a_real_s3_server_behind_a_proxy_that_fails_loses_nothing():
     cases = systematic("retention", "s3", (*KILLS, "lost-answer", "late", "doubled"))
     assert_sound(random.Random("s3").sample(cases, 6))
+
+
+@pytest.mark.parametrize("fault", WIRE_FAULTS)
+def test_bytes_that_change_end_or_trickle_on_their_way_lose_nothing(fault):
+    cases = systematic("save", "s3", [fault])
+    assert_sound(random.Random(fault).sample(cases, 5))
 
 
 def lost_with(make, scenario, faults) -> list[Verdict]:

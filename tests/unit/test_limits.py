@@ -168,6 +168,13 @@ def test_a_dimension_beyond_53_bits_is_refused():
     assert raised.value.key == "m"
 
 
+def test_strides_that_no_reader_can_hold_are_refused():
+    Flattener().flatten({"m": torch.empty(2**53, 2**8 - 1, 0)})
+    with pytest.raises(UnsupportedTensorError, match="no elements") as raised:
+        Flattener().flatten({"m": torch.empty(2**53, 2**8, 0)})
+    assert raised.value.key == "m"
+
+
 VALUES = {
     "text": lambda size: "x" * size,
     "wide text": lambda size: "\U0001f600" * (size // 4),

@@ -217,18 +217,21 @@ def test_an_ordinary_save_asks_once_whether_its_step_is_free_and_then_only_puts(
         for step in (1, 2):
             store.calls.clear()
             saver.save(step, state_of(step)).result(30)
-    assert [operation for operation, _ in store.calls] == ["get", "put", "put", "put", "put"]
-    assert store.calls[0] == ("get", "step-0000000002.json")
-    assert store.calls[-1] == ("put", "step-0000000002.json")
+    # the collection of leftovers, once behind the first commit, may still be under way
+    calls = [call for call in store.calls if call[0] not in ("clock", "open_uploads") and call != ("list", "step-")]
+    assert [operation for operation, _ in calls] == ["get", "put", "put", "put", "put"]
+    assert calls[0] == ("get", "step-0000000002.json")
+    assert calls[-1] == ("put", "step-0000000002.json")
 
 
 def test_only_the_first_save_looks():
     store = CountingStore(MemoryStore())
     with Saver("memory://unused", store=store) as saver:
         saver.save(1, state_of(1)).result(30)
-        assert store.gets["list"] == 1
+        assert store.keys.count("") == 1, "the listing of the root"
         saver.save(2, state_of(2)).result(30)
-    assert store.gets["list"] == 1
+    assert store.keys.count("") == 1
+    assert store.keys.count("step-") == 1, "that of the collection"
 
 
 def test_a_store_that_does_not_answer_lets_training_go_on_and_the_engine_looks_instead():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import asyncckpt
-from asyncckpt import errors, events
+from asyncckpt import Run, Saver, errors, events
 from asyncckpt.checkpoints.marks import mark_damaged
 from asyncckpt.engine.catalog import read_checkpoint
 from asyncckpt.format import keys
@@ -207,6 +207,68 @@ def test_a_local_folder_is_opened_by_its_path(tmp_path):
     state = training(1)
     assert asyncckpt.restore(tmp_path, state).step == 3
     assert contents(state) == contents(training(3))
+
+
+def test_an_object_that_refuses_its_state_is_named_and_the_rest_restored_without_it():
+    class Loader:
+        def __init__(self, workers):
+            self.workers = workers
+
+        def state_dict(self):
+            return {"workers": self.workers}
+
+        def load_state_dict(self, state):
+            assert state["workers"] == self.workers, "another number of workers"
+
+    store = MemoryStore()
+    write_checkpoint(store, 20, training(20) | {"loader": Loader(2)})
+    state = training(1) | {"loader": Loader(4)}
+    with pytest.raises(
+        errors.CheckpointError, match=r"'loader' \(a Loader\) raised AssertionError: another number"
+    ) as caught:
+        restore(URL, state, store=store)
+    assert (caught.value.step, caught.value.key, caught.value.overwritten) == (20, "loader", True)
+    assert (
+        "overwritten by now: 'model', 'optimizer', 'scheduler', 'epoch', 'order'; perhaps in part: 'loader'.\n"
+        in str(caught.value)
+    )
+    rest = training(2)
+    assert restore(URL, rest, store=store).step == 20
+    assert contents(rest) == contents(training(20))
+
+
+def test_an_address_that_can_be_no_folder_is_no_empty_run(tmp_path):
+    (tmp_path / "file").write_bytes(b"weights")
+    (tmp_path / "to-file").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "not mounted")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    state = training(1)
+    for name, why in {
+        "file": "file is a file",
+        "file/run": "file is a file",
+        "to-file": "to-file is a file",
+        "dangling": "dangling is a link that leads nowhere",
+        "dangling/run": "dangling is a link that leads nowhere",
+        "loop": "loop is a link that leads nowhere",
+    }.items():
+        place = tmp_path / name
+        with Saver(place, engine="inline") as saver, Run(place) as run:
+            for ask in (
+                lambda place=place: restore(place, state),
+                lambda place=place: restore(place, state, step=3),
+                lambda place=place: load(place),
+                lambda saver=saver: saver.restore(state),
+                run.latest,
+                lambda run=run: run.get(3),
+                lambda run=run: run.best("loss"),
+            ):
+                with untouched(state), pytest.raises(errors.StoreNotFoundError, match=why):
+                    ask()
+            with pytest.raises(errors.StoreNotFoundError, match=why):
+                saver.save(1, {"t": torch.zeros(1)}).result()
+    with Saver(tmp_path / "new" / "run", engine="inline") as saver:
+        assert saver.restore(state) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "loop", "to-file"]
 
 
 # -- damage

@@ -85,6 +85,37 @@ def test_a_shard_arrives_whole_in_one_put_or_in_parts(codec, part_bytes):
         assert rig.stored(receipt) == rig.plan.shards[0].header + bytes(rig.arena[: rig.plan.data_bytes])
 
 
+@pytest.mark.parametrize(("over", "parts"), [(1.02, 0), (1.4, 0), (1.6, 2), (2.02, 2), (3.02, 3)])
+def test_a_shard_leaves_no_small_rest_for_a_part_of_its_own(over, parts):
+    """Each request costs CPU: a shard of one part's size and its header are one put, not an upload of one part and a rest."""
+    blocks = 4 * 2**20
+    calls: list[tuple[str, int]] = []
+
+    class Counting(MemoryStore):
+        def put(self, key, data, *, if_absent=False):
+            calls.append(("put", sum(map(len, data))))
+            super().put(key, data, if_absent=if_absent)
+
+        def start_upload(self, key):
+            upload = super().start_upload(key)
+            write = upload.write
+
+            def counted(part, offset, data):
+                calls.append(("part", sum(map(len, data))))
+                write(part, offset, data)
+
+            upload.write = counted
+            return upload
+
+    rig = Rig(Counting(), sizes=(int(over * 4 * blocks / 4),), part_bytes=4 * blocks)
+    receipt, error = rig.put()
+    assert error is None
+    check(rig, receipt)
+    sent = [size for kind, size in calls if kind == "part"]
+    assert len(sent) == parts
+    assert all(size > 2 * blocks for size in sent)
+
+
 def test_the_digest_of_every_piece_is_left_in_the_arena():
     rig = Rig(MemoryStore(), sizes=(100, 2_000_000, 5))  # the second has two pieces
     rig.put()

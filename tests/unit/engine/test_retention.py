@@ -117,13 +117,12 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint():
         store = MemoryStore()
         filled(store, [10, 20, 30])
         cut = FaultyStore(store, {calls}, operations={"delete", "remove"}, error=lambda: errors.StoreAuthError("cut"))
-        try:
-            retain(cut, [KeepLast(1)], committed=30)
-        except errors.StoreAuthError:
-            for step in recorded_steps(store):
-                assert load("memory://unused", step=step, store=store)["x"][0].item() == step
-        else:
+        done = Retention(cut, [KeepLast(1)]).retain(committed=30, lineage=LINEAGE)
+        for step in recorded_steps(store):
+            assert load("memory://unused", step=step, store=store)["x"][0].item() == step
+        if not done.lapses:
             break
+        assert (done.removed, done.lapses[0].steps) in [((20,), (10,)), ((10,), (20,))]
     assert calls > 4
 
 
@@ -257,6 +256,124 @@ def test_a_record_without_its_index_is_not_counted():
     store.delete([find_folder(store, 30) + "index.json.zst"])
     assert retain(store, [KeepLast(1)], committed=20) == [10]
     assert load("memory://unused", step=20, store=store)["x"][0].item() == 20
+
+
+class Refusing(FaultyStore):
+    """Says no to operations on steps that a test chooses."""
+
+    def __init__(self, inner, operation, steps, error=errors.StoreAuthError):
+        super().__init__(inner, operations={operation})
+        self.operation, self.steps, self.kind = operation, set(steps), error
+
+    def run(self, operation, key, call):
+        step = keys.parse_folder(key) or keys.parse_record_key(key) or keys.parse_damaged_key(key)
+        if operation == self.operation and step in self.steps:
+            self.calls.append((operation, key))
+            raise self.kind("no", key=key)
+        return call()
+
+
+@pytest.mark.parametrize("operation", ["remove", "delete"])
+def test_a_step_that_cannot_be_removed_does_not_keep_the_others(operation):
+    store = filled(MemoryStore(), [10, 20, 30, 40])
+    done = Retention(Refusing(store, operation, [20]), [KeepLast(1)]).retain(committed=40, lineage=LINEAGE)
+    assert done.removed == (10, 30)
+    ((steps, error),) = [(lapse.steps, lapse.error) for lapse in done.lapses]
+    assert (steps, type(error)) == ((20,), errors.StoreAuthError)
+    assert load("memory://unused", step=40, store=store)["x"][0].item() == 40
+
+
+def test_a_store_that_refuses_every_removal_is_asked_three_times_and_every_step_is_told():
+    store = filled(MemoryStore(), range(10, 110, 10))
+    locked = Refusing(store, "remove", range(200))
+    (lapse,) = Retention(locked, [KeepLast(1)]).retain(committed=100, lineage=LINEAGE).lapses
+    assert lapse.steps == tuple(range(10, 100, 10))
+    assert len(locked.calls) == 3
+
+
+def test_a_store_that_does_not_answer_is_asked_once_a_run():
+    store = filled(MemoryStore(), range(10, 110, 10))
+    away = Refusing(store, "remove", range(200), errors.DeadlineExceededError)
+    (lapse,) = Retention(away, [KeepLast(1)]).retain(committed=100, lineage=LINEAGE).lapses
+    assert lapse.steps == tuple(range(10, 100, 10))
+    assert len(away.calls) == 1
+
+
+def test_old_checkpoints_that_are_locked_do_not_keep_later_ones():
+    """The oldest come first, and three refusals in a row end a run: what was refused before waits behind the others."""
+    store = filled(MemoryStore(), [1, 2, 3, 4, 50])
+    locked = Refusing(store, "remove", [1, 2, 3, 4])
+    retention = Retention(locked, [KeepLast(1)])
+    assert retention.retain(committed=50, lineage=LINEAGE).removed == ()
+    for step in (60, 70, 80):
+        filled(store, [step])
+        retention.retain(committed=step, lineage=LINEAGE)
+    assert recorded_steps(store) == [1, 2, 3, 4, 80]
+    locked.steps.clear()
+    filled(store, [90])
+    assert retention.retain(committed=90, lineage=LINEAGE).removed == (1, 2, 3, 4, 80)
+
+
+def test_what_stands_below_a_record_that_may_not_be_read_stays_and_above_it_retention_goes_on():
+    store = filled(MemoryStore(), [10, 20, 30, 40])
+    closed = Refusing(store, "get", [20])
+    done = Retention(closed, [KeepLast(1)]).retain(committed=40, lineage=LINEAGE)
+    assert done.removed == (30,)
+    assert [(lapse.steps, type(lapse.error)) for lapse in done.lapses] == [((20,), errors.StoreAuthError)]
+    assert recorded_steps(store) == [10, 20, 40]
+
+
+def test_of_thousands_of_records_that_may_not_be_read_a_few_are_tried():
+    store = filled(MemoryStore(), [1])
+    record = store.get(keys.record_key(1), max_bytes=2**20)
+    for step in range(2, 2000):
+        store.put(keys.record_key(step), [record])
+    closed = Refusing(store, "get", range(3000))
+    done = Retention(closed, [KeepLast(1)]).retain(committed=1999, lineage=LINEAGE)
+    assert done.removed == ()
+    assert len(closed.calls) < 30
+    assert done.lapses[0].steps == tuple(range(1, 2000))
+
+
+def test_a_mark_that_cannot_be_read_costs_no_good_checkpoint_its_place():
+    store = filled(MemoryStore(), [10, 20, 30])
+    mark_damaged(store, 30)
+    filled(store, [40])
+    mark_damaged(store, 40)
+    filled(store, [50])
+
+    class Hiding(FaultyStore):
+        def get(self, key, *, max_bytes):
+            if key == keys.damaged_key(30):
+                raise errors.StoreAuthError("no", key=key)
+            return super().get(key, max_bytes=max_bytes)
+
+    retention = Retention(Hiding(store), [KeepLast(2)])
+    done = retention.retain(committed=50, lineage=LINEAGE)
+    assert done.removed == ()
+    assert [lapse.steps for lapse in done.lapses] == [(30,)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda store: store.put(keys.record_key(10), [b"{"]), errors.RecordError),
+        (lambda store: change_record(store, 10, format=2), errors.FormatVersionError),
+    ],
+    ids=["damaged", "newer"],
+)
+def test_a_record_that_is_left_alone_is_told_once(spoil, kind):
+    store = filled(MemoryStore(), [10, 20, 30])
+    retention = Retention(store, [KeepLast(2)])
+    assert retention.retain(committed=20, lineage=LINEAGE).lapses == ()
+    spoil(store)
+    filled(store, [40])
+    (lapse,) = retention.retain(committed=40, lineage=LINEAGE).lapses
+    assert lapse.steps == (10,)
+    assert isinstance(lapse.error, kind)
+    filled(store, [50])
+    assert retention.retain(committed=50, lineage=LINEAGE).lapses == ()
+    assert recorded_steps(store) == [10, 40, 50]
 
 
 def find_folder(store, step):

@@ -28,6 +28,7 @@ def finish(schedule, task, *, exists=False, result="committed"):
         "commit": CommitOutcome(result).to_json(),
         "abandon": {},
         "retain": {"removed": []},
+        "collect": {},
     }
     return schedule.done(task, results[task.kind])
 
@@ -35,10 +36,10 @@ def finish(schedule, task, *, exists=False, result="committed"):
 class Walk:
     """One way through a save, along a list of choices; what could have been chosen at each point is remembered."""
 
-    def __init__(self, choices, *, shards, retention, staged=True, harm=2):
+    def __init__(self, choices, *, shards, retention, collection=False, staged=True, harm=2):
         self.choices = choices
         self.branches = []
-        self.schedule = Schedule(retention=retention)
+        self.schedule = Schedule(retention=retention, collection=collection)
         self.run = self.schedule.submit(job(), shards, staged=staged)
         self.copying = not staged
         self.running = []
@@ -357,3 +358,54 @@ def test_an_ordinary_commit_does_not_wait_for_a_slow_check():
     finish(schedule, shard)
     (commit,) = take(schedule)
     assert commit.kind == "commit"
+
+
+def kinds_after_commit(schedule, number):
+    """What follows a save that commits at once."""
+    schedule.submit(job(number, step=number), 0)
+    check, commit = take(schedule)
+    finish(schedule, check)
+    assert finish(schedule, commit).outcome.result == "committed"
+    tasks = take(schedule)
+    for task in tasks:
+        assert finish(schedule, task) is None
+    assert schedule.idle
+    return [task.kind for task in tasks]
+
+
+def test_leftovers_are_collected_behind_the_first_commit_and_behind_the_first_one_after_a_death():
+    schedule = Schedule(retention=True, collection=True)
+    assert kinds_after_commit(schedule, 1) == ["retain", "collect"]
+    assert kinds_after_commit(schedule, 2) == ["retain"]
+    schedule.submit(job(3, step=3), 1)
+    check, shard = take(schedule)
+    assert schedule.lost(shard, "was killed") is None
+    finish(schedule, check)
+    (shard,) = take(schedule)
+    finish(schedule, shard)
+    (commit,) = take(schedule)
+    finish(schedule, commit)
+    retain, collect = take(schedule)
+    assert (retain.kind, collect.kind) == ("retain", "collect")
+    for _ in range(MAX_DEATHS):
+        assert schedule.lost(collect, "was killed") is None
+        take(schedule)
+    finish(schedule, retain)
+    assert schedule.idle
+    assert kinds_after_commit(schedule, 4) == ["retain"], "a collection that kills its workers is not begun again"
+
+
+def test_a_collection_that_fails_fails_no_save():
+    schedule = Schedule(retention=False, collection=True)
+    schedule.submit(job(), 0)
+    check, commit = take(schedule)
+    finish(schedule, check)
+    assert finish(schedule, commit).outcome.result == "committed"
+    (collect,) = take(schedule)
+    assert schedule.failed(collect, errors.StoreAuthError("no")) is None
+    assert schedule.idle
+
+
+def test_every_order_with_a_collection_ends_in_one_answer():
+    for walk in every_walk(shards=1, retention=True, collection=True, harm=1):
+        check_walk(walk, retention=True)

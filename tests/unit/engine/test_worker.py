@@ -17,11 +17,11 @@ def job(**fields):
     return SaveJob(1, 10, "aaaaaaaa-000001", structure=1, arena=1, codec="none", time_s=0.0, **fields)
 
 
-def run(store, kind, *args):
+def run(store, kind, *args, **options):
     """The replies to one task."""
     replies = []
     pipeline = Pipeline(store)
-    runner = TaskRunner(store, (), pipeline, lambda task, what, data: replies.append((task, what, data)))
+    runner = TaskRunner(store, (), pipeline, lambda task, what, data: replies.append((task, what, data)), **options)
     tree = {"dict": {"m": {"dict": {"t": "tensor"}}}}
     runner.add_structure(1, Structure((Group("m", "m"),), (TensorSpec(0, "t", "float32", (4,)),), (), tree))
     getattr(runner, kind)(7, *args)
@@ -44,6 +44,20 @@ def test_a_check_fails_if_a_taken_step_raises():
     assert (task, what) == (7, "failed")
     assert isinstance(error, errors.CheckpointConflictError)
     assert (error.step, error.attempt) == (10, "aaaaaaaa-000001")
+
+
+def test_a_collection_that_sees_not_everything_in_its_time_says_so_and_removes_nothing():
+    store = MemoryStore(clock=lambda: 0.0)
+    for step in range(5):
+        store.put(f"step-{step:010d}/0123abcd-000001/x", [b"x"])
+    store._clock = lambda: 2 * 24 * 3600.0
+    ((_, what, data),) = run(store, "collect", job(), collect_s=0.0)
+    assert (what, data["folders"]) == ("done", [])
+    assert "collect_garbage" in data["lapses"][0]["error"]["message"]
+    alive = []
+    ((_, what, data),) = run(store, "collect", job(), progress=lambda: alive.append(1))
+    assert (what, len(data["folders"]), data["lapses"]) == ("done", 5, [])
+    assert len(alive) >= 5, "a worker that lists for long is not taken for hung"
 
 
 def test_a_shard_is_encoded_then_done():

@@ -15,7 +15,7 @@ import asyncckpt
 import asyncckpt.format
 from asyncckpt.format import limits, nodes
 from asyncckpt.format.dtypes import DTYPES
-from asyncckpt.format.frames import MAX_WINDOW_BYTES
+from asyncckpt.format.frames import HEADER_WINDOW_BYTES, MAX_WINDOW_BYTES
 from asyncckpt.format.plan import BLOCK_BYTES, LARGE_BYTES
 from tests.programs import ZSTD, needs_zstd
 from tests.unit.format.checkpoints import MIXED, store, structure_of
@@ -116,7 +116,7 @@ def test_one_shot_decompression_stops_after_the_header_as_the_document_warns():
 
 
 def test_the_document_states_the_constants_of_the_code():
-    for constant in (BLOCK_BYTES, LARGE_BYTES, MAX_WINDOW_BYTES):
+    for constant in (BLOCK_BYTES, LARGE_BYTES, MAX_WINDOW_BYTES, HEADER_WINDOW_BYTES):
         assert f"{constant:,}" in FORMAT_MD
     assert {name: (kind.element_bytes, kind.safetensors) for name, kind in DTYPES.items()} == element_types()
     assert all(BLOCK_BYTES % kind.element_bytes == 0 for kind in DTYPES.values())
@@ -137,7 +137,8 @@ def test_the_limits_of_the_document_are_those_of_the_code():
         2**53,
         2**53,
     )
-    powers = ["2^64", "from -2^63 to 2^63 - 1", "from 0 to 2^53", ratio]
+    assert code.pop("HOLLOW_BYTES") == 2**63 - 1
+    powers = ["2^64", "2^63 - 1", "from -2^63 to 2^63 - 1", "from 0 to 2^53", ratio]
     assert sorted(value for _, value in stated) == sorted([*powers, *(f"{value:,}" for value in code.values())])
 
 

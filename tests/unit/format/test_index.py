@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -188,6 +189,51 @@ def test_a_node_that_no_version_means_is_damage(tree):
 def test_the_leaf_of_bytes_is_known():
     tree = {"dict": {"m": {"list": ["bytes", "tensor", "ndarray", "value", {"scalar": "float16"}]}}}
     assert parse(changed(("tree",), tree)).tree == tree
+
+
+def leaf(kind, dtype="float32", shape=(3,)):
+    groups = {"m": {"x/a": (dtype, shape)}, 4: {"x/#0": (dtype, shape), "y": ("bool", ())}}
+    tree = {
+        "dict": {
+            "m": {"dict": {"x": {"OrderedDict": {"a": kind}}}},
+            "#4": {"dict": {"x": {"list": [kind]}, "y": "tensor"}},
+        }
+    }
+    return index_json(store(structure_of(groups, [(0, "tied", 0)], tree=tree)))
+
+
+def test_an_array_has_a_type_that_numpy_has():
+    for dtype in ("float16", "bool", "complex128", "uint64"):
+        assert parse(leaf("ndarray", dtype))
+    for dtype in ("bfloat16", "float8_e5m2", "complex32"):
+        with pytest.raises(RecordError, match="NumPy lacks") as caught:
+            parse(leaf("ndarray", dtype))
+        assert caught.value.key in ("m/x/a", "#4/x/#0")
+    tied = leaf("tensor", "bfloat16")
+    tied["tree"]["dict"]["m"]["dict"]["tied"] = "ndarray"
+    with pytest.raises(RecordError, match="NumPy lacks") as caught:
+        parse(tied)
+    assert caught.value.key == "m/tied"
+
+
+def test_bytes_are_a_row_of_bytes():
+    assert parse(leaf("bytes", "uint8"))
+    for dtype, shape in (("int8", (3,)), ("uint8", ()), ("uint8", (3, 1))):
+        with pytest.raises(RecordError, match="as bytes"):
+            parse(leaf("bytes", dtype, shape))
+
+
+@pytest.mark.parametrize("shape", [[2**53, 2**53, 0], [0, 2**53, 2**8], [2**53, 0, 2**10], [2**40, 2**23, 0]])
+def test_a_tensor_without_elements_whose_strides_no_reader_can_hold_is_refused(shape):
+    data = index_json(store(structure_of({"m": {"w": ("float32", (0, 5))}})))
+    row = data["tensors"][0]
+    row[3], row[5][0][0], row[5][0][1] = shape, [0] * len(shape), shape
+    with pytest.raises(FormatVersionError, match="without elements"):
+        parse(data)
+    shape[-1] = min(shape[-1], 2)
+    shape[0] = min(shape[0], 2**30)
+    shape[1] = min(shape[1], 2**30)
+    assert torch.empty(parse(data).tensors["m/w"].shape).numpy().size == 0
 
 
 def test_the_paths_that_go_by_rank_come_back():

@@ -335,3 +335,51 @@ def test_parameters_of_a_group_that_are_no_list_are_damage():
     pocket.values["optimizer/param_groups/#0/params"] = None
     with pytest.raises(CorruptCheckpointError, match="no list at 'optimizer/param_groups/#0/params'"):
         pocket.restore({"model": model, "optimizer": optimizer})
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if "by the order of its parameters" in record.getMessage()]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_moments_that_go_by_position_are_told_with_the_reason(strict, caplog):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(model, optimizer)
+    whole = {"model": model, "optimizer": optimizer}
+    plain = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    other = Net()
+    fresh = {"model": other, "optimizer": torch.optim.AdamW(other.parameters())}
+    alone = {"optimizer": fresh["optimizer"]}
+    for source, target, why in (
+        (plain, fresh, "the checkpoint does not name them"),
+        ({"optimizer": optimizer}, fresh | {"model": None}, "the checkpoint does not name them"),
+        (whole, alone, "the state does not hold them"),
+        (whole, plain, "the state holds its state_dict()"),
+        (plain, plain, "the state holds its state_dict()"),
+    ):
+        target.pop("model") if target.get("model", 1) is None else None
+        caplog.clear()
+        Pocket.of(source).restore(target, strict=strict)
+        assert len(told(caplog)) == 1
+        assert f"'optimizer' is restored by the order of its parameters, because {why}:" in told(caplog)[0]
+
+
+def test_moments_that_go_by_name_or_cannot_be_mistaken_are_not_told(caplog):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(model, optimizer)
+    small = nn.Linear(2, 3)
+    own = torch.optim.SGD(small.parameters(), momentum=0.9)
+    small(torch.ones(1, 2)).sum().backward()
+    own.step()
+    for state in (
+        {"model": model, "optimizer": optimizer},
+        {"optimizer": own},
+        {"optimizer": torch.optim.AdamW(Net().parameters())},
+    ):
+        Pocket.of(state).restore(state)
+    Pocket.of({"model": model.state_dict(), "optimizer": optimizer}).restore(
+        {"model": model.state_dict(), "optimizer": optimizer}
+    )
+    assert not told(caplog)

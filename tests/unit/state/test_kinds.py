@@ -134,6 +134,45 @@ def test_the_state_of_a_disabled_scaler_is_refused_by_one_that_is_enabled(strict
     assert other.get_scale() == 2.0
 
 
+class StatefulDataLoader:
+    """torchdata's: the state of one with workers names their number."""
+
+    def __init__(self, num_workers, yielded=0):
+        self.num_workers, self.yielded = num_workers, yielded
+
+    def state_dict(self):
+        if not self.num_workers:
+            return {"_num_yielded": self.yielded, "_iterator_finished": False}
+        return {"_snapshot": {"_main_snapshot": {"_num_workers": self.num_workers}, "_snapshot_step": self.yielded}}
+
+    def load_state_dict(self, state):
+        inner = state.get("_snapshot")
+        self.yielded = inner["_snapshot_step"] if inner else state["_num_yielded"]
+
+
+StatefulDataLoader.__module__ = "torchdata.stateful_dataloader.stateful_dataloader"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("saved", "own"), [(2, 4), (0, 2), (2, 0)])
+def test_a_loader_with_another_number_of_workers_is_refused_before_anything_changes(saved, own, strict):
+    source = {"model": nn.Linear(2, 2), "loader": StatefulDataLoader(saved, 3)}
+    target = {"model": nn.Linear(2, 2), "loader": StatefulDataLoader(own)}
+    unchanged(source, target, f"loader: .*num_workers={saved} and has {own}.*leave it out", strict=strict)
+    target["loader"] = StatefulDataLoader(saved)
+    Pocket.of(source).restore(target, strict=strict)
+    assert target["loader"].yielded == 3
+
+
+def test_the_number_of_workers_is_torchdatas_own():
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    for workers in (0, 2):
+        loader = loaders.StatefulDataLoader([1, 2, 3, 4], num_workers=workers)
+        next(iter(loader))
+        with pytest.raises(StateMismatchError, match=f"num_workers={workers} and has 1"):
+            Pocket.of({"l": loader}).restore({"l": loaders.StatefulDataLoader([1], num_workers=1)})
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_what_is_no_state_of_all_generators_is_refused(strict):
     before = torch.get_rng_state()

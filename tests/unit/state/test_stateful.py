@@ -230,6 +230,15 @@ def test_values_that_the_state_has_not_yet_are_added_to_their_dict():
     assert target == {"history": {"loss": [1.0], "deep": {"x": (1, 2)}}}
 
 
+def test_tensors_that_the_state_has_no_place_for_are_refused_with_the_way_out():
+    stored = {"extra": {"rng": torch.ones(3), "n": 3}}
+    with pytest.raises(StateMismatchError, match=r"extra/rng: unexpected, .*; None there takes what is stored"):
+        both(stored, {"extra": {}})
+    for target in ({"extra": None}, {"extra": {"rng": None}}):
+        both(stored, target)
+        assert (target["extra"]["rng"].tolist(), target["extra"]["n"]) == ([1, 1, 1], 3)
+
+
 def test_tensors_and_arrays_in_containers_are_restored_in_place():
     tensor, array, requires = torch.zeros(2), np.zeros(2), torch.zeros(1, requires_grad=True)
     target = {"x": [tensor, {"a": array}, (requires, 1)]}
@@ -252,8 +261,10 @@ def test_an_expanded_tensor_takes_only_values_that_fit_it():
     target = torch.zeros(2, 1).expand(2, 3)
     both({"t": torch.tensor([[1.0], [2.0]]).expand(2, 3)}, {"t": target})
     assert target.tolist() == [[1, 1, 1], [2, 2, 2]]
-    with pytest.raises(CheckpointError, match="expanded"):
-        both({"t": torch.arange(6.0).view(2, 3)}, {"t": target})
+    other = torch.zeros(2)
+    with pytest.raises(StateMismatchError, match=r"'t' is expanded.*nothing was loaded.*clone"):
+        both({"o": torch.ones(2), "t": torch.arange(6.0).view(2, 3)}, {"o": other, "t": target})
+    assert (other.tolist(), target.tolist()) == ([0, 0], [[1, 1, 1], [2, 2, 2]])
 
 
 def test_a_read_only_array_or_state_is_a_mismatch():
@@ -263,8 +274,11 @@ def test_a_read_only_array_or_state_is_a_mismatch():
         both({"a": np.ones(2)}, {"a": array})
     with pytest.raises(StateMismatchError, match="read-only"):
         both({"n": 1}, types.MappingProxyType({"n": 0}))
+    with pytest.raises(StateMismatchError, match=r"d/n: the dict is read-only.*\n.*d/new: the dict is read-only"):
+        both({"d": {"n": 1, "new": 2}}, {"d": types.MappingProxyType({"n": 0})})
     tensor = torch.zeros(1)
     both({"t": torch.ones(1)}, types.MappingProxyType({"t": tensor}))
+    both({"d": {"t": torch.ones(1)}}, {"d": types.MappingProxyType({"t": tensor})})
     assert tensor.item() == 1
 
 
@@ -289,11 +303,65 @@ def test_any_object_gets_a_private_deep_copy():
     assert pocket.values["l/seen/#0"] == [1]
 
 
-def test_an_object_that_fails_to_load_is_named():
-    with pytest.raises(CheckpointError, match="'bad' failed: RuntimeError: no") as caught:
-        both({"bad": Loader(1)}, {"bad": Loader(fails=True)})
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert not isinstance(caught.value, StateMismatchError)
+def test_an_object_that_fails_to_load_is_named_with_what_is_overwritten_and_the_way_out():
+    source = {"t": torch.ones(1), "m": nn.Linear(2, 2), "data": {"n": 1, "loader": Loader(1)}, "epoch": 3}
+    target = {
+        "t": torch.zeros(1),
+        "m": nn.Linear(2, 2),
+        "data": {"n": 0, "loader": Loader(fails=True)},
+        "epoch": 0,
+    }
+    with pytest.raises(CheckpointError) as caught:
+        both(source, target)
+    error = caught.value
+    for part in (
+        "load_state_dict() of 'data/loader' (a Loader) raised RuntimeError: no\n",
+        "overwritten by now: 't', 'm'; perhaps in part: 'data'; as before: 'epoch'.\n",
+        "or put None in the place of 'data/loader', and restore again",
+    ):
+        assert part in error.message
+    assert (error.key, error.overwritten) == ("data/loader", True)
+    assert isinstance(error.__cause__, RuntimeError)
+    assert not isinstance(error, StateMismatchError)
+    assert snapshot(target["m"].state_dict()) == snapshot(source["m"].state_dict())
+    assert (target["t"].item(), target["epoch"]) == (1, 0)
+    target["data"]["loader"] = None
+    both(source, target)
+    assert (target["data"]["n"], target["epoch"]) == (1, 3)
+
+
+def test_a_first_object_that_fails_without_a_word_is_named_too():
+    class Silent(Loader):
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    with pytest.raises(CheckpointError) as caught:
+        both({"l": Loader(1), "n": 1}, {"l": Silent(), "n": 0})
+    assert caught.value.message.startswith(
+        "load_state_dict() of 'l' (a Silent) raised AssertionError\nperhaps overwritten in part: 'l'; as before: 'n'.\n"
+        "Make 'l' as it was when it was saved, or leave 'l' out of the state, and restore again"
+    )
+
+
+def test_a_module_whose_state_dict_raises_is_named_before_anything_changes():
+    class Broken(nn.Linear):
+        def state_dict(self, **_):
+            raise RuntimeError("not gathered")
+
+    target = {"t": torch.zeros(1), "m": Broken(2, 2)}
+    with pytest.raises(
+        StateMismatchError, match=r"m: state_dict\(\) of a Broken raised RuntimeError\('not gathered'\)"
+    ):
+        both({"t": torch.ones(1), "m": nn.Linear(2, 2)}, target)
+    assert target["t"].item() == 0
+
+
+def test_a_value_that_an_object_needs_and_the_state_file_lacks_is_found_before_anything_changes():
+    pocket, target = Pocket.of({"t": torch.ones(1), "l": Loader(5)}), {"t": torch.zeros(1), "l": Loader()}
+    del pocket.values["l/position"]
+    with pytest.raises(CorruptCheckpointError, match="l/position"):
+        pocket.restore(target)
+    assert target["t"].item() == 0
 
 
 def test_an_unsupported_target_is_a_mismatch():

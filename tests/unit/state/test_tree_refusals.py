@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asyncckpt.errors import SnapshotError, UnsupportedObjectError, UnsupportedTensorError
+from asyncckpt.errors import SnapshotError, StateMismatchError, UnsupportedObjectError, UnsupportedTensorError
 from asyncckpt.state.tree import Flattener
 from tests.unit.state.pocket import Pocket
 
@@ -210,9 +210,25 @@ def test_a_state_dict_that_raises_is_a_snapshot_error():
         def state_dict(self):
             raise RuntimeError("no")
 
-    with pytest.raises(SnapshotError, match="Broken raised") as caught:
-        Flattener().flatten({"a": Broken()})
+    flattener, state = Flattener(), {"a": {"b": Both()}, "t": torch.zeros(1)}
+    flattener.flatten(state)
+    state["a"]["b"] = Broken()
+    with pytest.raises(SnapshotError, match=r"'a/b': .*Broken raised RuntimeError\('no'\); leave it out") as caught:
+        flattener.flatten(state)
     assert isinstance(caught.value.__cause__, RuntimeError)
+    assert caught.value.key == "a/b"
+    state["a"]["b"] = Both()
+    flattener.flatten(state)
+
+
+def test_accelerates_loader_without_a_place_is_refused_with_how_to_give_it_one():
+    accelerate = pytest.importorskip("accelerate")
+    loader = accelerate.Accelerator(cpu=True).prepare(torch.utils.data.DataLoader([1, 2]))
+    with pytest.raises(SnapshotError, match=r"'data/loader': .*use_stateful_dataloader=True") as caught:
+        Flattener().flatten({"data": {"loader": loader}})
+    assert caught.value.key == "data/loader"
+    with pytest.raises(StateMismatchError, match=r"data/loader: a DataLoaderShard keeps no place.*leave it out"):
+        Pocket.of({"data": {"loader": Both()}}).restore({"data": {"loader": loader}})
 
 
 def test_a_tensor_that_becomes_unsupported_is_seen_by_a_warm_flattener():

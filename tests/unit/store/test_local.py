@@ -21,6 +21,7 @@ from asyncckpt.errors import (
     StoreNotFoundError,
 )
 from asyncckpt.store import posix
+from asyncckpt.store.base import OpenUpload
 from asyncckpt.store.local import LocalStore
 
 
@@ -265,7 +266,7 @@ def test_others_may_read_what_the_umask_lets_them(root: Path) -> None:
         assert stat.S_IMODE((root / name).stat().st_mode) == 0o640
 
 
-def test_what_killed_writers_left_is_removed_a_day_later(root: Path) -> None:
+def test_what_killed_writers_left_is_found_by_its_age_and_nothing_else_is(root: Path) -> None:
     unfinished = root / ".asyncckpt-unfinished"
     unfinished.mkdir(parents=True)
     old, young, foreign = unfinished / ("0" * 32), unfinished / ("1" * 32), unfinished / "notes.txt"
@@ -275,8 +276,20 @@ def test_what_killed_writers_left_is_removed_a_day_later(root: Path) -> None:
         os.utime(path, (time.time() - 25 * 3600,) * 2)
     store = LocalStore(root)
     assert [entry.key for entry in store.list()] == []
-    store.put("key", [b"x"])
+    for upload in store.open_uploads(idle_since_s=store.clock_s() - 24 * 3600):
+        store.abort_upload(upload)
     assert {path.name for path in unfinished.iterdir()} == {young.name, foreign.name}
+    store.abort_upload(OpenUpload("", "notes.txt"))
+    store.abort_upload(OpenUpload("", f"../{unfinished.name}/{young.name}"))
+    assert {path.name for path in unfinished.iterdir()} == {young.name, foreign.name}
+
+
+def test_the_clock_is_the_filesystems_and_asking_it_makes_no_folder(root: Path) -> None:
+    assert abs(LocalStore(root).clock_s() - time.time()) < 60
+    assert not root.exists()
+    root.mkdir(parents=True)
+    os.utime(root, (0, 0))
+    assert abs(LocalStore(root).clock_s() - time.time()) < 60
 
 
 def test_closing_takes_an_empty_folder_of_temporary_files_away(root: Path) -> None:
@@ -314,13 +327,21 @@ def test_a_pipe_is_no_object_and_hangs_nobody(root: Path) -> None:
     assert list(store.list()) == []
 
 
-def test_a_root_that_is_a_file_is_told(root: Path) -> None:
+def test_a_root_that_can_be_no_folder_is_told(root: Path) -> None:
     root.write_bytes(b"x")
-    store = LocalStore(root)
-    for call in (lambda: store.put("key", [b"x"]), lambda: store.put("key", [b"x"], if_absent=True)):
-        with pytest.raises(StoreNotFoundError, match="is a file"):
-            call()
-    assert list(store.list()) == []
+    other = root.with_name("loop")
+    other.symlink_to(other)
+    for call in (
+        lambda store: store.put("key", [b"x"]),
+        lambda store: store.put("key", [b"x"], if_absent=True),
+        lambda store: store.start_upload("key"),
+        lambda store: store.get("key", max_bytes=9),
+        lambda store: store.head("key"),
+        lambda store: list(store.list()),
+    ):
+        for place, why in {root: "is a file", other: "is a link that leads nowhere"}.items():
+            with pytest.raises(StoreNotFoundError, match=why):
+                call(LocalStore(place))
 
 
 def test_an_empty_folder_is_no_prefix(root: Path) -> None:

@@ -17,7 +17,7 @@ from asyncckpt.errors import StoreAuthError, StoreError, TransientStoreError, Un
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy, S3Options
 from asyncckpt.store.base import Buffers
-from asyncckpt.store.checksum import checksum, etag_of
+from asyncckpt.store.checksum import Crc, Summed, checksum, etag_of
 from asyncckpt.store.retry import RetryingStore
 from asyncckpt.store.s3 import S3Store
 from tests.conftest import make_bucket
@@ -72,6 +72,37 @@ def test_a_checksum_is_that_of_the_joined_buffers(buffers: list[bytes]) -> None:
     assert base64.b64decode(checksum("crc32c", views)) == google_crc32c.value(whole).to_bytes(4, "big")
     assert base64.b64decode(checksum("crc32", views)) == zlib.crc32(whole).to_bytes(4, "big")
     assert etag_of(checksum("md5", views)) == hashlib.md5(whole).hexdigest()
+
+
+@pytest.mark.parametrize("algorithm", ["crc32c", "crc32"])
+@given(buffers=st.lists(st.binary(max_size=200), max_size=6))
+def test_a_body_that_is_summed_as_it_comes_has_the_checksum_of_the_joined_buffers(
+    algorithm: Crc, buffers: list[bytes]
+) -> None:
+    summed = Summed(algorithm)
+    for buffer in buffers:
+        summed.append(memoryview(bytearray(buffer)))
+    assert checksum(algorithm, summed) == checksum(algorithm, buffers)
+
+
+def test_a_sum_of_another_kind_than_the_store_asks_for_is_not_taken() -> None:
+    summed = Summed("crc32c")
+    summed.append(b"body")
+    assert checksum("crc32", summed) == checksum("crc32", [b"body"])
+    assert checksum("md5", summed) == checksum("md5", [b"body"])
+
+
+def test_a_body_that_changes_after_it_was_gathered_is_refused_by_the_store(store: S3Store) -> None:
+    """The sum is of what the encoder wrote: memory that changes while it waits for its upload is found, too."""
+    content = bytearray(300_000)
+    body = store.gather()
+    body.append(memoryview(content))
+    content[1000] ^= 1
+    with pytest.raises(TransientStoreError, match="BadDigest"):
+        store.put("step/shard", body)
+    content[1000] ^= 1
+    store.put("step/shard", body)
+    assert store.get("step/shard", max_bytes=10**6) == bytes(content)
 
 
 def test_a_checksum_of_many_megabytes_is_of_all_of_them() -> None:
