@@ -16,7 +16,7 @@ from tests.training import Training
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("engine", "sample"), [("service", 14), ("inline", 24)])
+@pytest.mark.parametrize(("engine", "sample"), [("service", 8), ("inline", 24)])
 def test_no_moment_of_a_call_hangs_a_handler_or_loses_its_checkpoint(engine, sample):
     found = subprocess.run(
         [sys.executable, "-m", "tests.moments", "--sample", str(sample), "--seed", "1", "--engine", engine],
