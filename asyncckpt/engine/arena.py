@@ -90,9 +90,7 @@ class Arena:
         self._let_go()
 
     def close(self) -> None:
-        """Unmap and free. Where a view still lives, as in the traceback of a request that was tried again, the map goes with it."""
-        if self._closed:
-            return
+        """Unmap and free; again it does what an interrupt left. A view that still lives, as in a traceback, takes the map with it."""
         self._closed = True
         with self._touched:
             self._let_go()
