@@ -39,7 +39,7 @@ def say(level: int, message: str, *args: object) -> None:
     """
     if not LOG.isEnabledFor(level):
         return
-    thread = threading.Thread(target=LOG.log, args=(level, message, *args), name="asyncckpt-log", daemon=True)
+    thread = threading.Thread(target=lambda: LOG.log(level, message, *args), name="asyncckpt-log", daemon=True)
     try:
         thread.start()
     except RuntimeError:  # the limit of threads, or the interpreter's end
