@@ -20,6 +20,7 @@
     │   ├── ObjectNotFoundError           one key does not exist
     │   ├── ObjectExistsError             a conditional put found the key taken
     │   ├── ObjectChangedError            a conditional put or delete found another object than the one that was read
+    │   ├── UploadLostError               the store knows an upload, or a part of it, no more; it is begun again
     │   ├── UnsafeStoreError              the store ignores the condition of a put, or refuses it
     │   ├── ClockSkewError                this host's clock is too far from the store's
     │   ├── DiskFullError                 no space or quota left
@@ -100,6 +101,9 @@ class SaveFailedError(CheckpointError):
         super().__init__(f"{len(failures)} save(s) did not commit: {lines}", step=next(iter(failures), None))
         self.failures = dict(failures)
 
+    def __str__(self) -> str:
+        return self.message  # each failure in it tells its own step and key
+
 
 class CheckpointConflictError(CheckpointError):
     """The step was committed by another attempt."""
@@ -163,6 +167,10 @@ class ObjectChangedError(StoreError):
     """A conditional put or delete found another object than the one that was read."""
 
 
+class UploadLostError(StoreError):
+    """The store knows an upload, or a part of it, no more: it was aborted, or expired. Nothing can be said but to begin it again."""
+
+
 class UnsafeStoreError(StoreError):
     """The store ignores conditional puts."""
 
@@ -213,6 +221,11 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ResourceLimitError(UnsafeCheckpointError):
     """A checkpoint states sizes above the limits."""
+
+
+def told(error: BaseException | None) -> str:
+    """What an error says, for the message of another one that carries its step and key: these are told once, at the end."""
+    return error.message if isinstance(error, CheckpointError) else str(error)
 
 
 def family() -> dict[str, type[CheckpointError]]:

@@ -19,7 +19,7 @@ from asyncckpt.format import keys
 from asyncckpt.format.dtypes import DTYPES
 from asyncckpt.format.index import Index
 from asyncckpt.state.dtypes import BY_NAME, dtype_name
-from asyncckpt.store.posix import sync_folder, translated
+from asyncckpt.store.posix import absolute, sync_folder, translated
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one file of a Hugging Face folder, as `save_pretrained` cuts them; one larger tensor stands alone."""
@@ -78,7 +78,7 @@ def export_safetensors(
     read: Read, names: Names, path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None
 ) -> None:
     """One file, replaced atomically and durable on return. Host memory: the tensors once, and once more if they are cast."""
-    target = Path(path).absolute()
+    target = absolute(path)
     kind = _cast(dtype)
     with translated("export", str(target)), _draft(target) as draft:
         _write(read, names.paths, draft, kind)
@@ -96,7 +96,7 @@ def export_huggingface(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """A folder for `from_pretrained`, which appears whole or not at all. Host memory: `shard_bytes`, twice if they are cast."""
-    target = Path(path).absolute()
+    target = absolute(path)
     kind = _cast(dtype)
     sizes = {
         name: count * DTYPES[_stored_dtype(stored, kind)].element_bytes for name, (count, stored) in names.sizes.items()

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from asyncckpt import errors, events
-from asyncckpt.engine.arena import Arena, ArenaPool
+from asyncckpt.engine.arena import Arena, ArenaPool, why_none
 from asyncckpt.engine.choice import CodecChoice
 from asyncckpt.engine.client import ServiceEngine
+from asyncckpt.engine.crew import lacks_room
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.submitted import Listener
@@ -39,7 +40,8 @@ MakeEngine = Callable[[Listener, Callable[[], str]], Engine]
 class Launcher:
     """Owns what saves need again and again: plans, arenas, the copier, the engine.
 
-    `overlap`: None overlaps when the state holds an optimizer. `make_engine` is called at the first save. `arrival`: whether this run may
+    `overlap`: None overlaps when the state holds an optimizer. `make_engine` is called at the first save, and again if it
+    `falls_back` to another one when that cannot be started. `arrival`: whether this run may
     write in its folder, and its lineage.
 
     A signal handler may save in the middle of a call that saves. It shares the engine with the call beneath, which may have come to any point,
@@ -49,11 +51,12 @@ class Launcher:
     def __init__(
         self,
         make_engine: MakeEngine,
+        falls_back: Callable[[OSError], bool],
         ledger: Ledger,
         hooks: events.Hooks,
+        *,
         turns: Turns,
         arrival: Arrival,
-        *,
         choice: CodecChoice,
         pending: int,
         shared: bool,
@@ -62,6 +65,7 @@ class Launcher:
         self.pending = pending
         self.arrival = arrival
         self._make_engine = make_engine
+        self._falls_back = falls_back
         self._ledger = ledger
         self._hooks = hooks
         self._turns = turns
@@ -160,9 +164,15 @@ class Launcher:
                 target=_touch, args=(self._copier, planned.plan, fresh, device), name="asyncckpt-touch", daemon=True
             )
             self._touching.append(thread)
-            thread.start()
+            with contextlib.suppress(RuntimeError):  # the limit of threads: the first save touches the pages
+                thread.start()
         finally:
             self._keep_flights()
+
+    @property
+    def used(self) -> bool:
+        """Whether it holds anything that must be ended."""
+        return bool(self._engines or self._arenas.all())
 
     def close(self, *, wait: bool) -> None:
         """End the engine and free the arenas; saves without an answer are finished by the service."""
@@ -329,8 +339,15 @@ class Launcher:
             made.start()
         except BaseException as error:
             self._end(made)
-            if isinstance(error, OSError):
-                raise errors.CheckpointError(f"the checkpoint service could not be started: {error}") from error
+            if isinstance(error, OSError) and self._falls_back(error):
+                return self._engine_started(within=within)
+            if (
+                isinstance(error, OSError | RuntimeError) and error.__context__ is None
+            ):  # and no interrupt in the middle of a start
+                way_out = (
+                    "; raise the limit of processes and threads (ulimit -u, pids.max)" if lacks_room(error) else ""
+                )
+                raise errors.CheckpointError(f"the checkpoint engine could not be started: {error}{way_out}") from error
             raise
         if (engine := self._engine) is None:
             engine = self._engine = made
@@ -361,7 +378,7 @@ class Launcher:
                 return self._arenas.one_more(layout.arena_bytes)
             taken = self._arenas.take(layout.arena_bytes, make_bytes=room_bytes(layout))
         except (OSError, MemoryError, OverflowError, ValueError) as error:
-            raise errors.SnapshotError(f"no memory for a snapshot of {layout.arena_bytes} bytes: {error}") from error
+            raise errors.SnapshotError(why_none(layout.arena_bytes, error)) from error
         if taken is None:
             return None
         arena, replaced = taken

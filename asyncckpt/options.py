@@ -18,7 +18,8 @@ class RetryPolicy:
 
     Args:
         deadline_s: Wall-clock seconds after which one request gives up (`DeadlineExceededError`). Ten minutes outlast
-            most incidents of S3; botocore's own retries give up after 2.2 s of 503s.
+            most incidents of S3; botocore's own retries give up after 2.2 s of 503s. Also how long a service whose trainer is gone
+            may last while none of its saves moves, clean-up included (at least 5 seconds).
         first_wait_s: Upper bound of the first wait; the bound doubles, each wait is drawn evenly below it ("full jitter").
         max_wait_s: The bound stops doubling here.
         first_contact_s: How long the first `save()` of a Saver waits for a listing, which tells whose checkpoints stand there.

@@ -1,7 +1,7 @@
 """What the caller says about one save, beside the state; refused at once if no record could hold it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,13 @@ class SaveRequest:
                 f"step is the number of optimizer steps completed, an int from 0 to 2**53, not {_short(self.step)}"
             )
         if self.epoch is not None and (type(self.epoch) is not int or not 0 <= self.epoch <= limits.SIZE):
-            raise ValueError(f"epoch is an int from 0, not {self.epoch!r}; a fraction of an epoch is a metric")
-        if isinstance(self.tags, str) or not all(type(tag) is str for tag in self.tags):
-            raise TypeError(f"tags is a sequence of strings, not {self.tags!r}")
+            raise ValueError(f"epoch is an int from 0, not {_short(self.epoch)}; a fraction of an epoch is a metric")
+        if not _is_texts(self.tags):
+            raise TypeError(f"tags is a sequence of strings, not {_short(self.tags)}")
         if not isinstance(self.pinned, bool):
-            raise TypeError(f"pin is True or False, not {self.pinned!r}")
+            raise TypeError(f"pin is True or False, not {_short(self.pinned)}")
         if not isinstance(self.metrics, Mapping) or not all(type(name) is str for name in self.metrics):
-            raise TypeError(f"metrics is a dict of names to numbers, not {self.metrics!r}")
+            raise TypeError(f"metrics is a dict of names to numbers, not {_short(self.metrics)}")
         object.__setattr__(self, "metrics", {name: _number(name, value) for name, value in self.metrics.items()})
         object.__setattr__(self, "tags", tuple(self.tags))
         self._check_size()
@@ -84,19 +84,26 @@ class SaveRequest:
             _read_back(self.metrics, tuple(self.tags), self.config, sizes)
 
 
+def _is_texts(tags: Any) -> bool:
+    """A generator is none: looking at it would use it up."""
+    return isinstance(tags, Collection) and not isinstance(tags, str) and all(type(tag) is str for tag in tags)
+
+
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError as error:
         raise ValueError(f"the metric {name!r} is too large for a float") from error
     except (TypeError, ValueError) as error:
-        raise type(error)(f"the metric {name!r} is a number, not {value!r}") from error
+        raise type(error)(f"the metric {name!r} is a number, not {_short(value)}") from error
 
 
 def _short(value: Any) -> str:
-    return (
-        f"{type(value).__name__} {value!r:.80}" if not isinstance(value, int) or abs(value) < 10**40 else "a huge int"
-    )
+    """A value for a message. Its own `repr` may be long, and raises for an int of more than 4300 digits, also deep inside."""
+    try:
+        return f"{type(value).__name__} {value!r:.80}"
+    except Exception:  # noqa: BLE001 - whatever a foreign `repr` raises, the caller is told what is wrong with the value
+        return f"an unprintable {type(value).__name__}"
 
 
 def _read_back(metrics: Mapping[str, float], tags: tuple[str, ...], config: Config, sizes: str) -> None:

@@ -9,20 +9,18 @@ import os
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from asyncckpt import errors, events, progress
+from asyncckpt import dropped, errors, events, progress
+from asyncckpt.backing import Backing
+from asyncckpt.engine.alone import tell_notices
 from asyncckpt.engine.catalog import find_checkpoints
 from asyncckpt.engine.choice import CodecChoice, usual_codec
-from asyncckpt.engine.client import ServiceEngine
-from asyncckpt.engine.inline import InlineEngine
-from asyncckpt.engine.spawn import EngineOptions, choose_engine, default_workers
-from asyncckpt.engine.submitted import Listener
+from asyncckpt.engine.spawn import EngineOptions, default_workers
 from asyncckpt.events import SaveReport
 from asyncckpt.launch import Launcher
 from asyncckpt.lineage import Arrival, root_of
@@ -45,13 +43,13 @@ from asyncckpt.state.batches import begin, has_place
 from asyncckpt.state.ranks import rank
 from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
-from asyncckpt.store.opening import open_store, parse_url
+from asyncckpt.store.opening import parse_url
 from asyncckpt.turns import Turns
 
 T = TypeVar("T")
 
 _LOG = logging.getLogger("asyncckpt")
-_savers: "set[Saver]" = set()  # those with an engine and not closed: dropped ones finish their saves too
+_savers: "weakref.WeakSet[Saver]" = weakref.WeakSet()  # those that are not closed
 
 
 class Saver:
@@ -81,7 +79,7 @@ class Saver:
     A Saver belongs to one process and may be used from several threads. A signal handler may save, wait and close at any moment; within
     `save()` that takes host memory of one more state. With `torch.distributed` initialised, rank 0 writes
     the replicated state; call `save()` on every rank, so that all are told alike what cannot be stored. On the others it checks the
-    state and returns.
+    state and returns. One that nobody holds any more, as when a notebook's cell is run again, finishes its saves and ends its service.
     """
 
     def __init__(
@@ -116,20 +114,20 @@ class Saver:
         self._hooks = events.Hooks(tuple(hooks))
         self._keep = tuple(keep)
         self._workers = workers or default_workers()
-        self._custom = store if isinstance(store, Store) else None
-        self._s3 = store if isinstance(store, S3Options) else None
-        self._engine_name = choose_engine(self.url, engine, in_process=self._custom is not None)
-        self._store = self._custom or open_store(self.url, self._s3, on_retry=self._retried)
+        self._backing = Backing(self.url, store, self._keep, self._hooks, engine)
+        self._store = self._backing.store
         self._pid = os.getpid()
         self._turns = Turns()
         self._ledger = Ledger(self._hooks, max_failed_saves)
-        retry = (self._s3 or S3Options()).retry
+        options = self._engine_options()
+        retry = (self._backing.s3 or S3Options()).retry
         self._launcher = Launcher(
-            self._make_engine,
+            partial(self._backing.make, options),
+            self._backing.falls_back,
             self._ledger,
             self._hooks,
-            self._turns,
-            Arrival(self._root, self._opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
+            turns=self._turns,
+            arrival=Arrival(self._root, self._backing.opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
             shared=self._engine_name == "service",
@@ -137,6 +135,11 @@ class Saver:
         self._launcher.overlap = overlap
         self._restored: list[RNG] = []  # until the next `batches()`
         self._ended = False  # closed, and nothing is left
+        self._finalizer = weakref.finalize(self, dropped.Dropped(self._launcher, self._ledger, self._backing).begin)
+        self._finalizer.atexit = False
+        _savers.add(self)
+        if rank() == 0:
+            tell_notices(options.notices, options.place)
 
     # -- saving
 
@@ -329,31 +332,12 @@ class Saver:
         self._ledger.conclude(save, SaveReport(step, skipped=f'{reason} and when_full="skip"'), None)
         return save
 
-    def _make_engine(self, listener: Listener, next_attempt: Callable[[], str]) -> ServiceEngine | InlineEngine:
-        _savers.add(self)
-        if self._engine_name == "service":
-            return ServiceEngine(self._engine_options(), listener, next_attempt)
-        return InlineEngine(self._store, self._keep, listener)
+    @property
+    def _engine_name(self) -> EngineName:
+        return self._backing.engine_name
 
     def _engine_options(self) -> EngineOptions:
-        return EngineOptions(self.url, self._s3, self._workers, self._keep)
-
-    def _opened_to_look(self) -> AbstractContextManager[Store]:
-        """A store for the look before the first save: one that is away must not be asked for ten minutes."""
-        if self._custom is not None:
-            return nullcontext(self._custom)
-        options = self._s3
-        if self.url.startswith("s3:"):
-            options = options or S3Options()
-            retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, options.retry.first_contact_s))
-            options = replace(options, retry=retry)
-        return closing(open_store(self.url, options, on_retry=self._hooks))
-
-    def _retried(self, event: events.StoreRetried) -> None:
-        if isinstance(self._launcher._engine, InlineEngine):
-            self._launcher._engine.retried(event)
-        else:
-            self._hooks(event)
+        return EngineOptions(self.url, self._backing.s3, self._workers, self._keep)
 
     def _leave(self) -> None:
         """Hand over what is staged and go; the in-process engine must finish first."""
@@ -374,21 +358,23 @@ class Saver:
         with self._turns.ending:
             self._turns.closed = True
             self._launcher.close(wait=wait)
-            if self._custom is None:
-                self._store.close()
+            self._backing.close()
             self._ended = True
             _savers.discard(self)
+            self._finalizer.detach()
 
 
 def _forked() -> None:
     for saver in list(_savers):
         saver._launcher.leave_in_child()
+    dropped.leave_dropped_in_child()
 
 
 def _drain_at_exit() -> None:
     for saver in list(_savers):
-        if saver._pid == os.getpid() and not saver._ended:
+        if saver._pid == os.getpid() and not saver._ended and saver._launcher.used:
             saver._leave()
+    dropped.hand_over_dropped()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -88,7 +88,9 @@ class _Bringing:
     def __init__(self, store: Store, index: Index, wanted: RestorePlan, shown: Progress) -> None:
         self._store, self._index, self._wanted, self._shown = store, index, wanted, shown
         real_paths = set(map(self._real, wanted.paths))
-        self._homes = wanted.homes(direct_paths(store, index, real_paths), self._real)
+        direct = direct_paths(store, index, real_paths)
+        with claimed(store, index, direct):
+            self._homes = wanted.homes(direct, self._real)
         self._halves_done = 0  # bytes that go into a place are counted twice by half: when verified, and when there
         self._total_bytes = sum(index.tensors[path].raw_bytes for path in real_paths if path in index.tensors)
 

@@ -1,5 +1,6 @@
 """What forked trainers do (see `tests.warm`). Each is a script with the store's URL as its first argument."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from asyncckpt import KeepLast, RetryPolicy, S3Options, Saver, errors
 from asyncckpt.engine.spawn import EngineOptions
 from asyncckpt.events import SaveCommitted
 from tests.processes import PATIENCE_S, descendants
+from tests.refusals import hide_proc, refuse
 from tests.training import Training, fingerprint, numbered
 from tests.warm import tell
 
@@ -48,6 +50,18 @@ def _tell_service(saver: Saver) -> None:
 def wait_for_ever() -> None:
     while True:
         signal.pause()
+
+
+def save_with_patience(url: str, endpoint: str, deadline_s: float, engine_options: dict[str, Any]) -> None:
+    """Hands step 1 over and lives on; its service has less patience."""
+    options = {**engine_options, "notices": Path(engine_options["notices"])}
+    policy = replace(FAST, deadline_s=deadline_s)
+    store = S3Options(endpoint_url=endpoint, retry=policy)
+    saver = TunedSaver(url, store=store, engine_options=options)
+    saver.save(1, numbered(1))
+    _tell_service(saver)
+    tell(saved=1)
+    wait_for_ever()
 
 
 def save_and_wait(url: str, endpoint: str | None) -> None:
@@ -94,6 +108,51 @@ def exit_normally(url: str, endpoint: str | None) -> None:
     training = Training().step()
     saver.save(1, {**training.state, **numbered(1)})  # overlapped: staged only later
     _tell_service(saver)
+
+
+def exit_after_dropping(url: str, endpoint: str | None) -> None:
+    """Nobody holds the Saver any more when the script ends."""
+
+    def cell() -> None:
+        saver = _saver(url, endpoint)
+        saver.save(1, numbered(1))
+        _tell_service(saver)
+
+    cell()
+
+
+def drop_in_process(url: str) -> None:
+    """The same with threads of this process, which end with it."""
+    Saver(url, engine="inline").save(1, numbered(1))
+
+
+def save_where_refused(url: str, what: str, code: int, options: dict[str, Any]) -> None:
+    """Saves, restores, resumes in a process in which the kernel refuses a system call, or has no /proc; tells what was logged."""
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("asyncckpt").addHandler(handler)
+    _refuse(what, code)
+    engines = []
+    for step in (1, 3):
+        with Saver(url, **options) as saver:
+            saver.restore({**numbered(0)}) if step > 1 else None
+            for save in (saver.save(step, numbered(step)), saver.save(step + 1, numbered(step + 1))):
+                save.result(PATIENCE_S)
+            engines.append(type(saver._launcher._engine).__name__)
+    tell(engines=engines, lines=lines)
+
+
+def save_with_loader_workers_where_refused(url: str, endpoint: str | None, what: str, code: int) -> None:
+    _refuse(what, code)
+    save_with_loader_workers(url, endpoint)
+
+
+def _refuse(what: str, code: int) -> None:
+    if what == "/proc":
+        hide_proc()
+    else:
+        refuse(what, code)
 
 
 def exit_by_sys_exit(url: str, endpoint: str | None) -> None:

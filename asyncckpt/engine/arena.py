@@ -6,6 +6,7 @@ it. Pages are touched ahead: a first touch inside a save costs 0.6 to 1.8 s a GB
 
 import contextlib
 import ctypes
+import errno
 import io
 import mmap
 import os
@@ -24,11 +25,6 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _MAP_FIXED = 0x10
 _COUNTER_BYTES = 8
-
-
-def has_memory_files() -> bool:
-    """Whether the kernel has memory files, and so the service can be used."""
-    return hasattr(os, "memfd_create")
 
 
 class Arena:
@@ -110,6 +106,16 @@ def _memory_file(name: str) -> io.FileIO:
     """
     (file,) = map(io.FileIO, map(os.memfd_create, (name,), (os.MFD_CLOEXEC,)), ("r+",))
     return file
+
+
+def why_none(size_bytes: int, error: Exception) -> str:
+    """Why there is no arena of this size, and what would help."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EFBIG:
+        return f"a snapshot takes a memory file of {size_bytes} bytes, and the limit of file sizes (ulimit -f) is below that: raise it"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "a snapshot takes a memory file, and no descriptor is free: raise the limit of open files (ulimit -n)"
+    return f"no memory for a snapshot of {size_bytes} bytes: {error}"
 
 
 def read_counter(fd: int, size_bytes: int) -> int:

@@ -126,13 +126,6 @@ def read_index(store: Store, record: Record) -> Index:
     try:
         index = Index.unpack(data)
         _check_folders(index, record)
-    except MemoryError as error:
-        raise errors.CheckpointError(
-            f"this machine refuses memory for an index of {len(data)} stored bytes",
-            step=record.step,
-            key=record.index.key,
-            attempt=record.attempt,
-        ) from error
     except errors.CheckpointError as error:
         error.at(step=record.step, key=record.index.key, attempt=record.attempt)
         raise

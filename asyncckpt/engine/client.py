@@ -14,7 +14,7 @@ from typing import Any
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.job import CommitOutcome, SaveJob
-from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess
+from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess, say_once
 from asyncckpt.engine.submitted import Listener, Submitted
 from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
@@ -47,6 +47,8 @@ class ServiceEngine:
         self._closing = False
         self._parted = False
         self._broken: str | None = None
+        self._rested = Latch()  # nothing that was sent is under way any more, nor what follows the answers
+        self._rested.set()
         self._heard_s = time.monotonic()
         self._service: ServiceProcess  # from `start` on
         self._threads: list[threading.Thread] = []
@@ -129,9 +131,12 @@ class ServiceEngine:
         with self._lock:
             self._closing = True
             self._heard_s = time.monotonic()
+        end_s = time.monotonic() + (self._options.silent_s if wait else 0)
+        self._rested.wait(end_s - time.monotonic())  # what retention has to tell is heard until then
+        with self._lock:
             self._service.hang_up()
         _join(self._threads[:1])
-        self._service.part(self._options.silent_s if wait else 0)
+        self._service.part(max(0.0, end_s - time.monotonic()))
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, no more."""
@@ -162,6 +167,7 @@ class ServiceEngine:
 
     def _send(self, save: Submitted) -> None:
         job, service = save.job, self._service
+        self._rested = Latch()
         if job.structure not in self._told_structures:
             data = json.dumps(save.structure.to_json()).encode()
             fd = memory_file("asyncckpt-structure", data)
@@ -224,6 +230,8 @@ class ServiceEngine:
                 self._service.kill()
                 self._broken = f"the checkpoint service is lost: {type(error).__name__}: {error}"
             self._fail_all()
+        finally:
+            self._rested.set()
 
     def _hear(self) -> bool:
         """Wait for messages and pass them on. False at the end."""
@@ -260,11 +268,15 @@ class ServiceEngine:
             self._listener.event(events.StoreRetried(**message["data"]))
         elif kind == "worker_replaced":
             self._listener.event(events.WorkerReplaced(message["reason"]))
+        elif kind == "rested":
+            self._rested.set()
         elif kind == "parted":  # it heard that we go, and finishes alone
             self._parted = True
         elif kind == "upkeep":
             for event in events_of(message["kind"], message["data"]):
                 self._listener.event(event)
+        elif kind == "refused":  # a worker's system call, by the kernel
+            say_once(message["reason"])
 
     def _answered(self, number: int, outcome: CommitOutcome | None, error: BaseException | None) -> None:
         with self._lock:
@@ -288,6 +300,7 @@ class ServiceEngine:
             reason = self._service.bury()
             if self._deaths < _MAX_DEATHS:
                 self._service = ServiceProcess(self._options)
+                self._rested.set()
                 self._submit_again()
                 count = len(self._submitted)
             else:

@@ -25,7 +25,10 @@ def parse_runnable(loadavg: str) -> int:
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    try:
+        return len(os.sched_getaffinity(0))
+    except OSError:  # the kernel does not say
+        return os.cpu_count() or 1
 
 
 def _line(path: str) -> bytes:

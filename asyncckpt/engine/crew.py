@@ -1,5 +1,6 @@
 """Threads of the calling process that share a list of items: each takes the next until none is left or one failed."""
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -28,7 +29,7 @@ class Crew(Generic[Item]):
         """
         threads = [threading.Thread(target=self._work, name=f"asyncckpt-fetch-{n}", daemon=True) for n in range(count)]
         try:
-            if not _start(threads):
+            if not start(threads):
                 self._work()  # at the limit of threads: slower, not stuck
             for thread in threads:
                 while thread.is_alive():
@@ -71,11 +72,16 @@ class Crew(Generic[Item]):
             self._stop(error)
 
 
-def _start(threads: Sequence[threading.Thread]) -> int:
-    """How many could be started; those behind the first that could not are not tried."""
+def start(threads: Sequence[threading.Thread]) -> int:
+    """Start them: how many could be started; those behind the first that could not are not tried."""
     for number, thread in enumerate(threads):
         try:
             thread.start()
         except RuntimeError:
             return number
     return len(threads)
+
+
+def lacks_room(error: Exception) -> bool:
+    """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
+    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)

@@ -47,7 +47,8 @@ class InlineEngine:
         self._retention = bool(keep)
         self._schedule = Schedule(retention=self._retention, collection=True)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._runner: TaskRunner  # of the thread
+        self._pipeline: Pipeline  # of the thread
+        self._runner: TaskRunner
         self._begun = Latch()
         self._failure: BaseException | None = None
         self._staged: dict[int, _Staged] = {}
@@ -109,8 +110,8 @@ class InlineEngine:
 
     def _run(self) -> None:
         try:  # here, where no interrupt comes between the starts of its threads
-            pipeline = Pipeline(self._store)
-            self._runner = TaskRunner(self._store, self._keep, pipeline, self._reply)
+            self._pipeline = Pipeline(self._store)
+            self._runner = TaskRunner(self._store, self._keep, self._pipeline, self._reply)
         except BaseException as error:  # noqa: BLE001 - who starts us is told
             self._failure = error
             return
@@ -129,7 +130,7 @@ class InlineEngine:
                 _LOG.debug("the checkpoint engine failed", exc_info=error)
                 self._fail_all(f"the checkpoint engine failed: {type(error).__name__}: {error}")
             del message
-        pipeline.close()
+        self._pipeline.close()
 
     def _fail_all(self, reason: str) -> None:
         self._schedule = Schedule(retention=self._retention, collection=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.format import keys
 from asyncckpt.format.frames import encode_shard
@@ -19,12 +20,12 @@ from asyncckpt.store.base import Buffer, Progress, Store, Upload
 IN_FLIGHT_BYTES = 256 * 2**20
 """Encoded bytes waiting for or under upload, shared by all workers of a Saver. Views of the arena take no memory and do not count."""
 PART_BYTES = 16 * 2**20
-"""Of one request, and so what a connection carries at a time: larger ones would leave too few of them in flight."""
+"""Of one request, at most, and so what a connection carries at a time: larger ones would leave too few of them in flight."""
 REMOTE_UPLOADS, LOCAL_UPLOADS = 16, 4
 """Upload threads of a worker, at most. A connection to S3 carries some 90 MB/s and each request first waits 30 ms; a folder gains nothing
 from more writers than cores, but a network filesystem may."""
 ALL_UPLOADS = 2 * REMOTE_UPLOADS
-"""Of all workers of a Saver: on a thin uplink more connections would only time out."""
+"""Of all workers of a Saver: on a thin uplink more connections would only take bytes from each other."""
 _PART_SLACK = 9_500  # parts planned per object; S3 allows 10,000
 
 Done = Callable[[ShardReceipt | None, BaseException | None], None]
@@ -67,6 +68,7 @@ class ByteBudget:
 class _Part:
     number: int
     offset: int
+    full_bytes: int
     data: list[Buffer]
     bytes: int = 0
     held_bytes: int = 0  # of memory of its own, counted in the budget
@@ -80,12 +82,7 @@ class _ShardPut:
         self._key = key
         self._shard = shard
         self._done = done
-        self._part_bytes = max(
-            _even(shard.raw_bytes, pipeline.part_bytes),
-            pipeline.store.min_part_bytes,
-            -(-shard.raw_bytes // _PART_SLACK),
-        )
-        self._part = _Part(1, 0, pipeline.store.gather())
+        self._part = self._begin_part(1, 0)
         self._upload: Upload | None = None
         self._starting = threading.Lock()
         self._lock = threading.Lock()
@@ -109,13 +106,15 @@ class _ShardPut:
         self._part.bytes += size
         self._part.held_bytes += held_bytes
         self._stored += size
-        if self._part.bytes >= self._part_bytes:
-            part, self._part = self._part, self._next_part()
+        if self._part.bytes >= self._part.full_bytes:
+            part, self._part = self._part, self._begin_part(self._part.number + 1, self._stored)
             self._send(part, self._put_part)
         return True
 
-    def _next_part(self) -> _Part:
-        return _Part(self._part.number + 1, self._stored, self._pipeline.store.gather())
+    def _begin_part(self, number: int, offset: int) -> _Part:
+        asked_bytes = self._pipeline.store.part_bytes(_even(self._shard.raw_bytes, self._pipeline.part_bytes))
+        full_bytes = max(asked_bytes, -(-self._shard.raw_bytes // _PART_SLACK))
+        return _Part(number, offset, full_bytes, self._pipeline.store.gather())
 
     def finish(self, encode_s: float, error: BaseException | None) -> None:
         self._encode_s = encode_s
@@ -217,12 +216,11 @@ class Pipeline:
         self.budget = ByteBudget(share)
         self._progress = progress
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
+        threads = [
             threading.Thread(target=self._serve, name=f"asyncckpt-upload-{number}", daemon=True)
             for number in range(upload_threads(store, workers))
         ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = threads[: start(threads)]  # at the limit of threads: slower, not stuck
 
     def put_shard(self, job: SaveJob, plan: Plan, shard: ShardPlan, arena: memoryview, done: Done) -> None:
         """Encode now; `done(receipt, error)` is called once, from an upload thread, when the object exists or will not."""
@@ -249,7 +247,10 @@ class Pipeline:
 
     def run(self, work: Callable[[], None]) -> None:
         """Do something beside the encoder (a put, a check, a commit, retention); it must not raise."""
-        self._work.put(work)
+        if self._threads:
+            self._work.put(work)
+        else:
+            work()
 
     def close(self) -> None:
         """Wait for what was given, and end the threads."""

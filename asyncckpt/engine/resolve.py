@@ -1,5 +1,6 @@
 """Which checkpoint is read: the one asked for, or the best that is whole."""
 
+import errno
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,10 @@ def first_good(
 
 @contextmanager
 def reading(store: Store, step: int, attempt: str | None = None) -> Iterator[None]:
-    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage."""
+    """Errors inside name the step and its attempt. An object that is missing because the checkpoint was removed, or replaced, is no damage.
+
+    Nor is a machine without memory: that is told as a `CheckpointError`.
+    """
     try:
         yield
     except errors.MissingShardError as error:
@@ -65,6 +69,11 @@ def reading(store: Store, step: int, attempt: str | None = None) -> Iterator[Non
     except errors.CheckpointError as error:
         error.at(step=step, attempt=attempt)
         raise
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        message = "there is no memory for what is read; free some, or read less at once: load(prefix=...), Checkpoint.tensor()"
+        raise errors.CheckpointError(message, step=step, attempt=attempt) from error
 
 
 def _stands(store: Store, step: int, attempt: str | None) -> bool:

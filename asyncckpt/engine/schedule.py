@@ -15,6 +15,8 @@ from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
 Kind = Literal["check", "shard", "commit", "abandon", "retain", "collect"]
 MAX_DEATHS = 3
 """A task that kills its worker this often fails its save."""
+MAX_LOST_UPLOADS = 3
+"""So often the upload of a shard is begun again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +28,7 @@ class Task:
     run: "JobRun"
     shard: int = -1
     deaths: int = 0
+    lost_uploads: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +153,11 @@ class Schedule:
         return self._advance(run)
 
     def failed(self, task: Task, error: BaseException) -> Ended | None:
-        """A task failed for good."""
+        """A task failed for good; or the store lost the upload of a shard, which is stored again from the arena."""
+        if isinstance(error, errors.UploadLostError) and task.kind == "shard" and task.lost_uploads < MAX_LOST_UPLOADS:
+            task.lost_uploads += 1
+            task.run.retries += 1
+            return self._again(task)
         run = self._settle(task)
         if task.kind in ("abandon", "retain", "collect") or run.outcome is not None:
             # leftovers are found by their missing record; retention runs again after the next save; a committed save stays so
@@ -176,6 +183,9 @@ class Schedule:
             )
             unknown.__cause__ = died
             return self.failed(task, unknown)
+        return self._again(task)
+
+    def _again(self, task: Task) -> Ended | None:
         task.run.running.discard(task.number)
         if self._wanted(task):
             task.run.ready.appendleft(task)

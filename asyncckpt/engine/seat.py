@@ -171,10 +171,13 @@ def room_for_one_more(runnable: int, own: int, encoders: int, cores: int) -> boo
 
 
 def may_encode_more(seats: Collection[Seat]) -> bool:
-    """Whether those who are not ours leave a core to one more encoder, at this moment."""
+    """Whether those who are not ours leave a core to one more encoder, at this moment; no where the kernel does not say."""
     encoders = sum(seat.encoding for seat in seats)
     cores = os.cpu_count() or 1
-    runnable = runnable_threads()
+    try:
+        runnable = runnable_threads()
+    except (OSError, ValueError, IndexError):
+        return False
     if room_for_one_more(runnable, 0, encoders, cores):  # whoever they are: spares a look at every upload thread
         return True
     return room_for_one_more(runnable, sum(seat.runnable_threads() for seat in seats), encoders, cores)

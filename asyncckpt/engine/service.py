@@ -11,30 +11,39 @@ import selectors
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from asyncckpt import errors
 from asyncckpt.engine import upkeep
+from asyncckpt.engine.alone import Alone
 from asyncckpt.engine.copying import Copying
 from asyncckpt.engine.job import SaveJob, rules_from_json
 from asyncckpt.engine.schedule import MAX_DEATHS, Ended, Schedule, Task
 from asyncckpt.engine.seat import STARVED_NICE, Seat, Seats, may_encode_more
+from asyncckpt.engine.title import Title, run_name, service_title
 from asyncckpt.engine.wire import Channel
 
 _REAP_S = 5.0  # what the service waits for killed workers at its own end
+_LOOK_S = 1.0  # between two looks whether the trainer lives, where the kernel would not tell
 
 
 class Service:
     """One trainer, one store, a few workers."""
 
-    def __init__(self, trainer: Channel, hello: dict[str, Any], pidfd: int) -> None:
+    def __init__(self, trainer: Channel, hello: dict[str, Any], pidfd: int | None) -> None:
         self._trainer: Channel | None = trainer
+        self._alone: Alone | None = None
         self._hello = hello
         self._rules = rules_from_json(hello["keep"])
         self._schedule = Schedule(retention=bool(self._rules), collection=True)
         self._selector = selectors.DefaultSelector()
         self._selector.register(trainer, selectors.EVENT_READ, "trainer")
-        self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
+        self._polls = pidfd is None
+        if pidfd is not None:
+            self._selector.register(pidfd, selectors.EVENT_READ, "pidfd")
+        self._title = Title()
+        self._name = run_name(hello["url"])
         self._seats = Seats(self._selector, hello, self._rules)
         self._copying = Copying()
         self._nice: int = hello["nice"]
@@ -42,14 +51,12 @@ class Service:
         self._arenas: dict[int, tuple[int, int]] = {}
         self._states: dict[int, int] = {}
         self._said_s = time.monotonic()
+        self._said_rest = True
 
     def run(self) -> None:
-        """Serve until the trainer is gone or has closed, and every save has its answer."""
+        """Serve until the trainer is gone or has closed, and every save has its answer or its deadline is over."""
         self._tell({"op": "ready"})
-        while self._trainer is not None or not self._schedule.idle:
-            self._copying.look(self._schedule)
-            self._dispatch()  # first: saves may have come with the greeting
-            self._watch()
+        while self._goes_on():
             for key, mask in self._selector.select(self._timeout()):
                 if key.data == "trainer":
                     self._trainer_ready(mask)
@@ -59,16 +66,35 @@ class Service:
                     self._seat_ready(key.data, mask)
         for seat in self._seats:
             self._seats.dismiss(seat)
+        if self._alone is not None:
+            self._alone.end(unfinished=not self._schedule.idle)
         deadline_s = time.monotonic() + _REAP_S
         while self._seats.dying and time.monotonic() < deadline_s:
             time.sleep(0.005)
             self._seats.reap()
 
+    def _goes_on(self) -> bool:
+        """Do what can be done without waiting; whether there is something to wait for."""
+        self._copying.look(self._schedule)
+        self._dispatch()  # first: saves may have come with the greeting
+        self._watch()
+        idle, alone = self._schedule.idle, self._alone is not None
+        self._title.show(service_title(self._name, in_flight=len(self._unanswered), idle=idle, alone=alone))
+        return self._alone is None or not (self._schedule.idle or self._alone.left_s == 0)
+
     def _timeout(self) -> float | None:
-        if self._schedule.idle and not self._seats.dying:
-            return None
         alive_s = min(1.0, float(self._hello["alive_s"]))  # while saves are in flight the trainer hears that we live
-        return min(alive_s, self._copying.poll_s)
+        wait_s = min(alive_s, self._copying.poll_s)
+        if self._alone is not None:
+            return min(wait_s, self._alone.left_s)
+        if self._schedule.idle and not self._seats.dying:
+            return _LOOK_S if self._polls else None
+        return wait_s
+
+    @property
+    def _unanswered(self) -> set[int]:
+        """Saves that were handed over or announced, and have no answer yet."""
+        return {*self._states, *self._copying.numbers}
 
     # -- the trainer
 
@@ -104,8 +130,18 @@ class Service:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+            self._go_on_alone()
         for number in self._copying.numbers:
             self._on_withdraw({"save": number}, [])  # nobody completes its snapshot
+
+    def _go_on_alone(self) -> None:
+        runs = self._schedule.runs
+        self._alone = Alone(
+            Path(self._hello["notices"]),
+            self._hello["place"],
+            deadline_s=self._hello["alone_s"],
+            steps=[runs[number].job.step for number in self._unanswered if number in runs],
+        )
 
     def _on_structure(self, message: dict[str, Any], fds: list[int]) -> None:
         self._structures[message["structure"]] = fds[0]
@@ -123,6 +159,7 @@ class Service:
 
     def _on_save(self, message: dict[str, Any], fds: list[int]) -> None:
         job = SaveJob.from_json(message["job"])
+        self._said_rest = False
         self._schedule.submit(job, message["shards"], staged=bool(fds))
         if fds:
             self._states[job.number] = fds[0]
@@ -165,6 +202,8 @@ class Service:
         elif ended.outcome is not None:
             message["outcome"] = ended.outcome.to_json()
         self._tell(message)
+        if self._alone is not None:  # or has been since this moment
+            self._alone.answered(ended.run.job.step, ended.error)
 
     # -- the workers
 
@@ -231,6 +270,9 @@ class Service:
         kind = message["op"]
         if kind == "beat":
             return
+        if kind == "refused":
+            self._tell(message)
+            return
         if kind == "retried":
             for run in self._schedule.runs.values():
                 run.retries += 1
@@ -240,6 +282,8 @@ class Service:
             seat.encoding = False
             return
         task = seat.tasks.pop(message["task"])
+        if self._alone is not None and kind == "done" and task.kind in ("check", "shard", "commit"):
+            self._alone.moved()
         if kind == "done":
             self._progress(task, message["data"])
             self._answer(self._schedule.done(task, message["data"]))
@@ -270,8 +314,13 @@ class Service:
                 self._tell(
                     {"op": "worker_replaced", "reason": f"worker {seat.pid} waited for a core: nice {self._nice}"}
                 )
+        if self._polls and self._trainer is not None and os.getppid() != self._hello["trainer"]:
+            self._trainer_died()
         if self._schedule.idle:
             self._seats.each(Seat.rest)
+            if not self._said_rest:
+                self._said_rest = True
+                self._tell({"op": "rested"})
         elif now - self._said_s > self._hello["alive_s"]:
             self._tell({"op": "alive"})
         self._seats.reap()
@@ -297,12 +346,12 @@ def main(fd: int) -> None:
     while not (messages := channel.receive()):
         if messages is None:
             return
-    hello, (pidfd,) = messages[0]
+    hello, fds = messages[0]
     if hello["url"].startswith("s3:"):
         import asyncckpt.store.s3  # noqa: F401, PLC0415 - once here, shared by every worker
     sock.setblocking(False)
     gc.freeze()  # workers share these pages for longer
-    service = Service(channel, hello, pidfd)
+    service = Service(channel, hello, next(iter(fds), None))
     for message, more in messages[1:]:
         getattr(service, "_on_" + message["op"])(message, more)
     service.run()

@@ -1,6 +1,7 @@
 """The service process as its trainer holds it: started, hung up on, killed, left alone."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -8,16 +9,18 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import asyncckpt
-from asyncckpt.engine.arena import has_memory_files
 from asyncckpt.engine.cores import usable_cores
 from asyncckpt.engine.job import rules_to_json
-from asyncckpt.engine.wire import Channel, Message, pair
-from asyncckpt.options import EngineName, KeepRule, S3Options
+from asyncckpt.engine.notices import notices_folder
+from asyncckpt.engine.wire import REFUSED, Channel, Message, memory_file, memory_files_refused, pair
+from asyncckpt.errors import CheckpointError
+from asyncckpt.options import EngineName, KeepRule, RetryPolicy, S3Options
 
 _BOOTSTRAP = """\
 import sys, json, importlib.util
@@ -45,7 +48,9 @@ class EngineOptions:
     `nice`: how far workers yield to the trainer: at 10 a main loop keeps 0.83 of a core that it shares with a worker (an
     encoder and an upload at once), at 15 0.94, at 19 0.97. `hang_s`: a busy worker that gives no sign of life for this long
     is replaced; `starved_s`: one that does little but wait for a core so long is followed by one that yields less.
-    `silent_s`: likewise a service with saves in flight; it speaks nine times as often.
+    `silent_s`: likewise a service with saves in flight; it speaks nine times as often. `notices`: the folder for what a service that
+    outlived its trainer tells the next Saver. `least_alone_s`: it may last so long alone, also where nothing is tried again: a store that
+    is well needs some time for a shard.
     """
 
     url: str
@@ -56,27 +61,45 @@ class EngineOptions:
     hang_s: float = 60.0
     starved_s: float = 15.0
     silent_s: float = 90.0
+    notices: Path = field(default_factory=notices_folder)
+    least_alone_s: float = 5.0
+
+    @property
+    def alone_s(self) -> float:
+        """How long a service without a trainer may last while no save moves."""
+        return max(self.least_alone_s, (self.s3.retry if self.s3 else RetryPolicy()).deadline_s)
+
+    @property
+    def place(self) -> str:
+        """What a later Saver of the same checkpoints calls them, too."""
+        endpoint = self.s3.endpoint_url if self.s3 else None
+        return f"{self.url} at {endpoint}" if endpoint else self.url
 
 
 class ServiceProcess:
     """One service and the channel to it. It outlives this process until what it was given is done."""
 
     def __init__(self, options: EngineOptions) -> None:
-        ours, theirs = pair()
-        self._stderr = os.memfd_create("asyncckpt-stderr", os.MFD_CLOEXEC)
+        with contextlib.ExitStack() as undo:
+            self._stderr = memory_file("asyncckpt-stderr", b"")
+            undo.callback(os.close, self._stderr)
+            pidfd = _pidfd()
+            undo.callback(_close, pidfd)
+            ours, theirs = pair()
+            undo.callback(ours.close)
+            with theirs:
+                self._process = _popen(theirs, self._stderr)
+            undo.pop_all()
+        self.channel = Channel(ours)
         try:
-            self._process = _popen(theirs, self._stderr)
-            self.channel = Channel(ours)
             with contextlib.suppress(ConnectionError):  # dead already: the listener reads that
-                self.send_fd(_hello(options), os.pidfd_open(os.getpid()))
-        except BaseException:
-            ours.close()  # and so it ends, if it was started
-            os.close(self._stderr)
-            if hasattr(self, "_process"):
-                self._process.wait(_GRACE_S)
+                self.channel.send(_hello(options), pidfd)
+        except BaseException:  # no descriptor is free
+            self.kill()
+            self.bury()
             raise
         finally:
-            theirs.close()
+            _close(pidfd)
 
     @property
     def pid(self) -> int:
@@ -123,17 +146,24 @@ class ServiceProcess:
     def leave_in_child(self) -> None:
         """In a forked child: let go of the descriptors, touch nothing else."""
         self._process.returncode = 0  # the parent's child, not ours
-        self._let_go()
+        self.channel.leave_in_child()
+        self._close_stderr()
 
     def _let_go(self) -> None:
-        self.channel.sock.close()  # not Channel.close(): a lock of it may be held for ever in a forked child
+        self.channel.close()
+        self._close_stderr()
+
+    def _close_stderr(self) -> None:
         stderr, self._stderr = self._stderr, -1
         if stderr >= 0:
             os.close(stderr)
 
 
 def _popen(sock: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
-    path = [str(Path(entry).absolute()) for entry in sys.path]
+    path = []
+    for entry in sys.path:
+        with contextlib.suppress(FileNotFoundError):  # relative, and the working directory was deleted
+            path.append(str(Path(entry).absolute()))
     command = [sys.executable, "-P", "-c", _BOOTSTRAP, str(sock.fileno()), json.dumps(path), str(asyncckpt.__file__)]
     return subprocess.Popen(
         command,
@@ -146,6 +176,30 @@ def _popen(sock: socket.socket, stderr: int) -> "subprocess.Popen[bytes]":
     )
 
 
+def _pidfd() -> list[int]:
+    """A descriptor by which the service sees our end; none where the kernel refuses it."""
+    if not Path("/proc/self").exists():
+        say_once("no /proc: one shard at a time is encoded, since nothing says which cores are idle")
+    try:
+        return [os.pidfd_open(os.getpid())]
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        say_once(f"pidfd_open: {error.strerror}: the checkpoint service looks every second whether this process lives")
+        return []
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+@functools.cache
+def say_once(what: str) -> None:
+    """Warn, once a process, of what this host refuses."""
+    _LOG.warning("%s", what)
+
+
 def _hello(options: EngineOptions) -> dict[str, Any]:
     return {
         "url": options.url,
@@ -156,6 +210,10 @@ def _hello(options: EngineOptions) -> dict[str, Any]:
         "hang_s": options.hang_s,
         "starved_s": options.starved_s,
         "alive_s": options.silent_s / SIGNS,
+        "trainer": os.getpid(),
+        "alone_s": options.alone_s,
+        "notices": str(options.notices),
+        "place": options.place,
     }
 
 
@@ -171,11 +229,14 @@ def choose_engine(url: str, engine: EngineName | None, *, in_process: bool) -> E
         if engine == "service":
             raise ValueError("a store that lives in this process needs the in-process engine: leave engine out")
         return "inline"
-    if engine is not None:
-        return engine
-    if has_memory_files() and sys.executable:
-        return "service"
-    _LOG.warning(
-        "no memory files or no interpreter to start: saving on threads of this process, slower beside a busy main thread"
-    )
-    return "inline"
+    reason = memory_files_refused() or ("" if sys.executable else "there is no Python interpreter to start")
+    if engine == "service" and reason:
+        raise CheckpointError(f'engine="service" cannot run on this host: {reason}; leave engine out')
+    if engine is None and reason:
+        say_in_process(reason)
+    return engine or ("inline" if reason else "service")
+
+
+def say_in_process(reason: str) -> None:
+    """Warn of what it means that there is no service."""
+    say_once(f"{reason}: saving on threads of this process, which is slower beside a busy main thread and ends with it")

@@ -35,9 +35,11 @@ def verify_objects(store: Store, index: Index, folder: str) -> None:
         try:
             described = parse_header(header, shard.raw_bytes)
         except errors.ResourceLimitError as error:
-            raise newer(f"of a shard, {error}").at(key=shard.key) from error
+            raise newer(f"of a shard, {error.message}").at(key=shard.key) from error
         except (errors.CorruptCheckpointError, errors.UnsafeCheckpointError) as error:
-            raise errors.CorruptCheckpointError(f"the shard's header is damaged: {error}", key=shard.key) from error
+            raise errors.CorruptCheckpointError(
+                f"the shard's header is damaged: {error.message}", key=shard.key
+            ) from error
         if not _agree(described, named.get(number, set()), own=shard.key.startswith(folder)):
             raise errors.CorruptCheckpointError("the shard's header and the index differ", key=shard.key)
     for paths in _batches(index):

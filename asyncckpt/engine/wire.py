@@ -5,6 +5,8 @@ file whose descriptor is passed, so a message never fills the socket and a sende
 Nothing else is ever read from the socket, and nothing is unpickled.
 """
 
+import errno
+import functools
 import json
 import os
 import socket
@@ -17,7 +19,23 @@ INLINE_BYTES = 16 * 1024
 _MAX_FDS = 16
 _READ_BYTES = 256 * 1024
 
+REFUSED = {errno.EPERM, errno.EACCES, errno.ENOSYS}
+"""How a kernel says that it will not do something at all: too old, a container's filter, a sandbox."""
+
 Message = dict[str, Any]
+
+
+@functools.cache
+def memory_files_refused() -> str:
+    """Why there are no memory files here, and so no service; empty if there are."""
+    if not hasattr(os, "memfd_create"):
+        return "memfd_create: this Python does not have it"
+    try:
+        os.close(os.memfd_create("asyncckpt-probe", os.MFD_CLOEXEC))
+    except OSError as error:
+        if error.errno in REFUSED:
+            return f"memfd_create: {error.strerror}"
+    return ""
 
 
 def memory_file(name: str, data: bytes) -> int:
@@ -108,26 +126,33 @@ class Channel:
     def close(self) -> None:
         """Close the socket and every descriptor that was received or queued and not taken."""
         with self._lock:
-            for fd in self._fds:
+            self.leave_in_child()
+
+    def leave_in_child(self) -> None:
+        """The same in a forked child, where the lock may be held for ever and nobody else is."""
+        while self._fds:
+            os.close(self._fds.popleft())
+        self._forget_queued()
+        self.sock.close()
+
+    def _forget_queued(self) -> None:
+        while self._outbox:
+            _, fds = self._outbox.popleft()
+            for fd in fds:
                 os.close(fd)
-            for _, fds in self._outbox:
-                for fd in fds:
-                    os.close(fd)
-            self._fds.clear()
-            self._outbox.clear()
-            self.sock.close()
 
     def _enqueue(self, message: Message, fds: Sequence[int]) -> None:
         payload = json.dumps({**message, "fds": len(fds)}, separators=(",", ":")).encode()
-        held = [os.dup(fd) for fd in fds]
-        if len(payload) > INLINE_BYTES:
-            try:
+        held: list[int] = []
+        try:
+            held.extend(os.dup(fd) for fd in fds)
+            if len(payload) > INLINE_BYTES:
                 held.append(memory_file("asyncckpt-message", payload))
-            except BaseException:
-                for fd in held:
-                    os.close(fd)
-                raise
-            payload = b'{"large":true,"fds":%d}' % len(held)
+                payload = b'{"large":true,"fds":%d}' % len(held)
+        except BaseException:
+            for fd in held:
+                os.close(fd)
+            raise
         self._outbox.append((memoryview(len(payload).to_bytes(4, "big") + payload), tuple(held)))
 
     def _drain(self, *, wait: bool) -> None:
@@ -138,12 +163,15 @@ class Channel:
                 sent = socket.send_fds(self.sock, [data], list(fds), flags)
             except BlockingIOError:
                 return
-            for fd in fds:
-                os.close(fd)
+            except ConnectionError:  # nobody will read it: an arena must not stay for as long as the channel does
+                self._forget_queued()
+                raise
             if sent == len(data):
                 self._outbox.popleft()
             else:
                 self._outbox[0] = (data[sent:], ())
+            for fd in fds:
+                os.close(fd)
 
     def _complete(self) -> list[tuple[Message, list[int]]]:
         found: list[tuple[Message, list[int]]] = []

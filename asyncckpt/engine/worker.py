@@ -5,6 +5,7 @@ import ctypes
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from asyncckpt.engine import commit, upkeep
 from asyncckpt.engine.job import SaveJob, ShardReceipt
 from asyncckpt.engine.pipeline import IN_FLIGHT_BYTES, Pipeline
 from asyncckpt.engine.retention import Retention
+from asyncckpt.engine.title import Title, run_name
 from asyncckpt.engine.wire import Channel, read_memory_file
 from asyncckpt.events import StoreRetried
 from asyncckpt.format import keys
@@ -40,6 +42,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MALLOC_BYTES = 32 * 2**20  # the most that glibc allows
 _COLLECT_S = 120.0  # of one collection: about a million objects on S3
 _SWITCH_INTERVAL_S = 0.0005  # upload threads hand the GIL back to the encoder ten times sooner than by default
+
+_MOST_DESCRIPTORS = 2**20
 
 Reply = Callable[[int, str, dict[str, Any]], None]
 
@@ -271,11 +275,18 @@ def run_worker(sock: socket.socket, hello: dict[str, Any], rules: Sequence[KeepR
     if os.getppid() != service_pid:
         os._exit(1)
     close_all_but(sock.fileno())
-    os.nice(hello["nice"])
+    Title().show(f"asyncckpt: {run_name(hello['url'])}, worker")
+    sock.setblocking(True)
+    channel = Channel(sock)
+    try:
+        os.nice(hello["nice"])
+    except OSError as error:
+        channel.send(
+            {"op": "refused", "reason": f"setpriority: {error.strerror}: workers do not yield to the training"}
+        )
     _keep_freed_memory()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    sock.setblocking(True)
-    _Worker(Channel(sock), hello, rules).serve()
+    _Worker(channel, hello, rules).serve()
 
 
 def _keep_freed_memory() -> None:
@@ -296,8 +307,14 @@ def _give_back_freed_memory() -> None:
 
 def close_all_but(keep: int) -> None:
     """Close every descriptor above stderr but one: an inherited socket would keep its other end from seeing our siblings' end."""
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        fd = int(entry.name)
+    try:
+        numbers = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
+    except OSError:  # no /proc
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        os.closerange(3, keep)
+        os.closerange(keep + 1, most if 0 <= most < _MOST_DESCRIPTORS else _MOST_DESCRIPTORS)
+        return
+    for fd in numbers:
         if fd > 2 and fd != keep:
             with contextlib.suppress(OSError):
                 os.close(fd)

@@ -65,7 +65,7 @@ class Index:
         try:
             text = decompress(stored, _most_bytes(len(stored)))
         except ResourceLimitError as error:
-            raise newer(f"of its index, {error}") from error
+            raise newer(f"of its index, {error.message}") from error
         return cls.parse(text)
 
     @classmethod
@@ -81,7 +81,7 @@ class Index:
             with seldom(_YOUNG_OBJECTS):
                 return _parse(data)
         except ResourceLimitError as error:
-            raise newer(str(error)) from error
+            raise newer(error.message).at(key=error.key) from error
 
 
 def check_readable(text: bytes, stored_bytes: int) -> None:

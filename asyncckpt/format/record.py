@@ -160,7 +160,7 @@ def _located(key: str, parse: Callable[[], Parsed]) -> Parsed:
     try:
         return parse()
     except ResourceLimitError as error:
-        raise newer(str(error)).at(key=key) from error
+        raise newer(error.message).at(key=error.key or key) from error
     except CheckpointError as error:
         raise error.at(key=key) from error.__cause__
 

@@ -147,18 +147,21 @@ def check_tree(tree: Any, specs: Mapping[str, tuple[str, tuple[int, ...]]], valu
 
 def check_stored(tree: Any, values: Mapping[str, Any]) -> None:
     """`CorruptCheckpointError` unless the state file holds every value that the tree names, before an object is changed."""
-    todo: list[tuple[Any, str | None]] = [(tree, None)]
+    todo: list[tuple[str | None, Any]] = [(None, tree)]
     while todo:
-        node, path = todo.pop()
-        if node == VALUE:
-            stored(values, path or "")
+        path, node = todo.pop()
+        if type(node) is str:
+            if node == VALUE:
+                stored(values, path or "")
             continue
-        kind, inner = one_item(node, path or "")
+        ((kind, inner),) = node.items()
         if kind == "scalar":
             _scalar(NUMPY_SCALARS[inner], stored(values, path or ""), path or "")
             continue
-        entries = inner.items() if isinstance(inner, dict) else ((keys.escape(at), one) for at, one in enumerate(inner))
-        todo += [(child, below(path, name)) for name, child in entries if type(child) is dict or child == VALUE]
+        entries = inner.items() if kind in MAPPINGS else [(keys.escape(at), child) for at, child in enumerate(inner)]
+        for name, child in entries:
+            if type(child) is dict or (child == VALUE and below(path, name) not in values):
+                todo.append((below(path, name), child))
 
 
 def _from_tensor(leaf: str, value: torch.Tensor, path: str) -> Any:

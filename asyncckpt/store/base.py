@@ -93,7 +93,10 @@ class OpenUpload:
 
 
 class Upload(ABC):
-    """One object sent in parts, in any order and in parallel; it exists only after `complete()`."""
+    """One object sent in parts, in any order and in parallel; it exists only after `complete()`.
+
+    `UploadLostError`: the store has lost it, or a part of it. Whoever has the bytes may begin another.
+    """
 
     @abstractmethod
     def write(self, part: int, offset: int, data: Buffers) -> None:
@@ -134,6 +137,10 @@ class Store(ABC):
     @abstractmethod
     def start_upload(self, key: str) -> Upload:
         """Begin an object of unknown size."""
+
+    def part_bytes(self, most_bytes: int) -> int:
+        """How large the next part of an upload should be, as its connections are now: `most_bytes`, or less on a slow link."""
+        return max(most_bytes, self.min_part_bytes)
 
     def gather(self) -> list[Buffer]:
         """An empty list for the buffers of one `put` or `write`, to be filled by `append` alone.

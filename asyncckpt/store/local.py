@@ -1,5 +1,6 @@
 """A store in a folder of a POSIX filesystem: atomic by link and rename, durable by fsync of files and folders."""
 
+import logging
 import os
 import re
 import secrets
@@ -26,9 +27,10 @@ from asyncckpt.store.base import (
     is_key,
 )
 from asyncckpt.store.direct import NewFile, gains
-from asyncckpt.store.posix import ABSENT, link, mapped, read, rooted, sync_folder, translated, umask, unlink
+from asyncckpt.store.posix import ABSENT, absolute, link, mapped, read, rooted, sync_folder, translated, umask, unlink
 from asyncckpt.store.records_lock import RecordsLock
 
+_LOG = logging.getLogger("asyncckpt")
 _UNFINISHED = ".asyncckpt-unfinished"  # no key starts with a dot, so a listing never shows it
 _UNFINISHED_NAME = re.compile(r"[0-9a-f]{32}")
 _SYNC_BYTES = 64 * 2**20  # of one upload
@@ -49,10 +51,11 @@ class LocalStore(Store):
     patience = Patience((0.1, 0.9))  # there is no other connection: the kernel's own copy is what is read again
 
     def __init__(self, root: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
-        self._root = Path(root).absolute()
+        self._root = absolute(root)
         self._progress = progress or (lambda: None)
         self._file_mode = 0o666 & ~umask()
         self._synced: set[Path] = set()
+        self._closed_folders: set[str] = set()  # those of which was told
         self._records = RecordsLock(self._root / _UNFINISHED, self._make_folder, self._progress)
         self._direct: bool | None = None  # not known before the folder is there
 
@@ -194,9 +197,18 @@ class LocalStore(Store):
                 if found_file is not None:
                     yield Entry(key, found_file.st_size, found_file.st_mtime)
             elif not delimiter:
-                yield from self._walk(key, "", delimiter=False)
-            elif next(self._walk(key, "", delimiter=False), None):  # an empty folder is no prefix
+                yield from self._below(key)
+            elif next(self._below(key), None):  # an empty folder is no prefix
                 yield Entry(key)
+
+    def _below(self, folder: str) -> Iterator[Entry]:
+        """What is in a folder that a listing met on its way. One that is closed to us is another's, and hides no more than itself."""
+        try:
+            yield from self._walk(folder, "", delimiter=False)
+        except PermissionError as error:
+            if folder not in self._closed_folders:
+                self._closed_folders.add(folder)
+                _LOG.warning("what is in %s is not seen: %s", self._root / folder, error.strerror)
 
     @contextmanager
     def _written(self, data: Buffers) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from asyncckpt.options import S3Options
 from asyncckpt.store.base import Progress, Store
 from asyncckpt.store.local import LocalStore
 from asyncckpt.store.memory import MemoryStore
+from asyncckpt.store.posix import absolute
 from asyncckpt.store.retry import RetryingStore
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -74,7 +75,7 @@ def parse_url(url: str | os.PathLike[str]) -> Location:
     if scheme is None and _MISTYPED.match(text):
         raise ValueError(f"a colon is missing in {text!r}; give {_FORMS}, or ./{text} if it is a folder")
     if scheme is None:
-        return Location("file", str(Path(text).expanduser().absolute()))
+        return Location("file", _absolute(text))
     rest = text[scheme.end() :]
     if not rest.startswith("//"):
         raise ValueError(f"cannot read {text!r}: a URL has // behind its scheme, a path with a colon starts with ./")
@@ -88,6 +89,13 @@ def parse_url(url: str | os.PathLike[str]) -> Location:
                 raise ValueError("memory:// needs a name: memory://name")
             return Location("memory", rest[2:])
     raise ValueError(f"no store for {scheme[1]}://; give {_FORMS}")
+
+
+def _absolute(text: str) -> str:
+    try:
+        return str(absolute(Path(text).expanduser()))
+    except RuntimeError as error:  # ~somebody
+        raise ValueError(f"cannot read {text!r}: {error}; give {_FORMS}") from error
 
 
 def _parse_s3(text: str, rest: str) -> Location:

@@ -18,7 +18,7 @@ from asyncckpt.errors import (
 from asyncckpt.store.base import Progress
 
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # the last: a link that leads nowhere
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _CALL_BYTES = 64 * 2**20  # moved by one system call, so that progress is seen in between
 _CALL_BUFFERS = 1024  # IOV_MAX of Linux
 
@@ -93,6 +93,16 @@ def unlink(path: Path) -> None:
         path.unlink()
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The path from the root; `StoreNotFoundError` where it is relative to nothing."""
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError as error:
+        raise StoreNotFoundError(
+            f"{os.fspath(path)!r} is a relative path, and the working directory of this process was deleted; give an absolute path"
+        ) from error
+
+
 def umask() -> int:
     """Read it without setting it: `os.umask` would change the files that other threads make meanwhile."""
     with suppress(OSError):
@@ -143,6 +153,9 @@ def mapped(error: OSError, operation: str, key: str) -> StoreError:
         return ObjectExistsError("the object exists already", key=key)
     if error.errno in _FULL:
         return DiskFullError(f"{operation}: {reason}; free space or choose another folder", key=key)
+    if error.errno == errno.EFBIG:
+        way_out = "raise the limit of file sizes (ulimit -f), or choose a filesystem that holds files of this size"
+        return DiskFullError(f"{operation}: {reason}; {way_out}", key=key)
     if error.errno in ABSENT and operation.startswith("get"):
         return ObjectNotFoundError("no such object", key=key)
     if error.errno == errno.ENOTDIR:

@@ -17,6 +17,7 @@ from asyncckpt.errors import (
     ResourceLimitError,
     StoreError,
     TransientStoreError,
+    told,
 )
 from asyncckpt.events import StoreRetried
 from asyncckpt.options import RetryPolicy
@@ -80,6 +81,9 @@ class RetryingStore(Store):
 
     def start_upload(self, key: str) -> Upload:
         return _RetryingUpload(self, key, self._try("start_upload", key, lambda: self._inner.start_upload(key)))
+
+    def part_bytes(self, most_bytes: int) -> int:
+        return self._inner.part_bytes(most_bytes)
 
     def gather(self) -> list[Buffer]:
         return self._inner.gather()
@@ -215,9 +219,10 @@ class RetryingStore(Store):
         except tenacity.RetryError as error:
             tries = error.last_attempt.attempt_number
             last = error.last_attempt.exception()
+            about = (last.key if isinstance(last, StoreError) else None) or key
             took_s = self._clock() - started_s
             late = DeadlineExceededError(
-                f"{operation} failed for {took_s:.0f} s, {tries} tries; the last said: {last}", key=key
+                f"{operation} failed for {took_s:.0f} s, {tries} tries; the last said: {told(last)}", key=about
             )
             late.unanswered = unanswered
             raise late from last

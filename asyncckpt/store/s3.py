@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from botocore.exceptions import ClientError
 
 from asyncckpt.errors import (
-    CorruptCheckpointError,
     ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -30,14 +29,17 @@ from asyncckpt.store.base import (
     check_key,
     is_key,
 )
-from asyncckpt.store.s3_answers import entries, parse_range, time_of
+from asyncckpt.store.s3_answers import entries, time_of
 from asyncckpt.store.s3_checksums import Checksums, Rung, headers, refuses
 from asyncckpt.store.s3_client import Body, Expectation, body_of, make_client, read_past_caches, signs_payload
-from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, redact, status_of, translated, unsafe
+from asyncckpt.store.s3_credentials import Programs
+from asyncckpt.store.s3_download import S3Download, read_whole
+from asyncckpt.store.s3_errors import CHANGED, code_of, mapped, status_of, translated, unsafe
 from asyncckpt.store.s3_upload import ALGORITHMS, S3Upload
+from asyncckpt.store.s3_wire import S3Wire
+from asyncckpt.store.watch import Endurance
 
 _DELETE_BATCH = 1000  # what DeleteObjects takes
-_READ_BYTES = 2**20
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _NO_BATCHES = {400, 404, 405, 501}
 
@@ -59,6 +61,7 @@ class S3Store(Store):
         progress: Progress | None = None,
         page_keys: int = 1000,
         past_caches: bool = False,
+        endurance: Endurance | None = None,
     ) -> None:
         self._past_caches = past_caches
         self._spares: list[S3Store] = []  # for `afresh`: clients are dear, and a bad path asks for many
@@ -67,9 +70,11 @@ class S3Store(Store):
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._options = options or S3Options()
         self._progress = progress or (lambda: None)
+        self._wire = S3Wire(self._progress, endurance or Endurance())
         self._lock = threading.Lock()
         self._made: Any = None
         self._expectation = Expectation()
+        self._programs = Programs(self._progress)
         self._deletes_batches = True
         self._lost_starts: set[str] = set()
         self._checksums = Checksums(self._options.checksum, self._put_small, self._delete_one)
@@ -125,19 +130,7 @@ class S3Store(Store):
         return self.get_version(key, max_bytes=max_bytes).data
 
     def get_into(self, key: str, start: int, target: memoryview) -> None:
-        name = self._key(key)
-        if not target.nbytes:
-            return
-        end = start + target.nbytes
-        answer = self._ask("get_object", key, Key=name, Range=f"bytes={start}-{end - 1}")
-        with closing(answer["Body"]) as body:
-            sent = answer.get("ContentRange") or f"bytes 0-{answer['ContentLength'] - 1}/{answer['ContentLength']}"
-            first, last, stored_bytes = parse_range(sent)
-            if stored_bytes < end:
-                raise CorruptCheckpointError(f"the object has {stored_bytes} bytes, and {end} are asked for", key=key)
-            if first != start or last < end - 1:
-                raise StoreError(f"the store sent {sent!r} when bytes {start}-{end - 1} were asked for", key=key)
-            self._receive(key, body, target.cast("B"))
+        S3Download(self, key, start, target.cast("B")).receive()
 
     @contextmanager
     def afresh(self) -> Iterator[Store]:
@@ -158,6 +151,7 @@ class S3Store(Store):
             progress=self._progress,
             page_keys=self._page_keys,
             past_caches=True,
+            endurance=self._wire.endurance,
         )
 
     def _hang_up(self) -> None:
@@ -193,14 +187,7 @@ class S3Store(Store):
             params["ContinuationToken"] = token
 
     def get_version(self, key: str, *, max_bytes: int) -> Version:
-        answer = self._ask("get_object", key, Key=self._key(key))
-        with closing(answer["Body"]) as body:
-            stored_bytes = answer["ContentLength"]
-            if stored_bytes > max_bytes:
-                raise ResourceLimitError(f"the object has {stored_bytes} bytes, more than {max_bytes}", key=key)
-            content = bytearray(stored_bytes)
-            self._receive(key, body, memoryview(content))
-        return Version(bytes(content), answer["ETag"])
+        return read_whole(self, key, max_bytes)
 
     def replace(self, key: str, data: Buffers, old: Version) -> None:
         """As the contract says. The first time a put that must be refused tells whether this store can: else `UnsafeStoreError`.
@@ -319,6 +306,10 @@ class S3Store(Store):
             client.close()
         for spare in spares:
             spare.close()
+        self._wire.watch.close()
+
+    def part_bytes(self, most_bytes: int) -> int:
+        return self._wire.sends.part_bytes(least_bytes=self.min_part_bytes, most_bytes=most_bytes)
 
     def _key(self, key: str) -> str:
         return self._prefix + check_key(key)
@@ -327,20 +318,19 @@ class S3Store(Store):
         """The one client of this process, another than `but_not`."""
         with self._lock:
             if self._made is None or self._made is but_not:
-                self._made = make_client(self._options, self._expectation)
+                self._made = make_client(self._options, self._expectation, self._programs)
                 if self._past_caches:
                     read_past_caches(self._made)
             return self._made
 
     def _ask(self, operation: str, key: str, **params: Any) -> Any:
         """Send one request. Expired credentials are looked up anew, once."""
-        with translated(operation, key):
+        works = operation == "complete_multipart_upload"  # S3 sends a space now and then until it is done
+        with self._wire.watch.over(operation, may_dawdle=works), translated(operation, key, self._bucket):
             client = self._client()
             self._progress()
             try:
                 return getattr(client, operation)(Bucket=self._bucket, **params)
-            except ValueError as error:  # botocore's, of a date or a number that is none
-                raise TransientStoreError(f"{operation}: this answer is not S3's: {redact(str(error))}") from error
             except ClientError as error:
                 if code_of(error) not in _EXPIRED:
                     raise
@@ -349,7 +339,7 @@ class S3Store(Store):
             return getattr(self._client(but_not=client), operation)(Bucket=self._bucket, **params)
 
     def _rung(self, key: str) -> Rung:
-        with translated("client", key):
+        with translated("client", key, self._bucket):
             signed = signs_payload(self._client())
         return self._checksums.rung(key, signed=signed)
 
@@ -385,28 +375,19 @@ class S3Store(Store):
 
     def _send(self, operation: str, key: str, **params: Any) -> Any:
         """`_ask` with a body, from its beginning, without the question beforehand while all goes well."""
-        if isinstance(params["Body"], Body):
-            params["Body"].seek(0)
+        body = params["Body"]
         try:
-            answer = self._ask(operation, key, **params)
+            if isinstance(body, Body):
+                with self._wire.body(self._wire.sends, operation, len(body)):
+                    body.seek(0)
+                    answer = self._ask(operation, key, **params)
+            else:
+                answer = self._ask(operation, key, **params)
         except StoreError:
             self._expectation.refusal = True
             raise
         self._expectation.refusal = False
         return answer
-
-    def _receive(self, key: str, body: Any, target: memoryview) -> None:
-        """Read the answer's body to the end of `target`; the SDK would return half of a truncated one silently."""
-        total = target.nbytes
-        with translated("get_object", key):
-            while target:
-                count = body.readinto(target[:_READ_BYTES])
-                if not count:
-                    raise TransientStoreError(
-                        f"the connection ended after {total - target.nbytes} of {total} bytes", key=key
-                    )
-                target = target[count:]
-                self._progress()
 
 
 @contextmanager

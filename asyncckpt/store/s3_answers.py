@@ -15,6 +15,7 @@ from asyncckpt.store.base import Entry
 from asyncckpt.store.s3_errors import redact
 
 _TOLD_CHARACTERS = 80
+_READ_BYTES = 4096  # of a body, for the characters that are told: whole, so that no half of a credential stays
 _HEADERS = {
     "PutObject": ("etag",),
     "UploadPart": ("etag",),
@@ -45,8 +46,8 @@ def judging(endpoint_url: str) -> Callable[..., None]:
         body = response_dict["body"]
         wanted = _unlike_s3(operation, status, headers, body if isinstance(body, bytes) else b"")
         if wanted:
-            kind = headers.get("content-type", "no content type")
-            text = redact(repr(_beginning(body)))
+            kind = redact(headers.get("content-type", "no content type"))[:_TOLD_CHARACTERS]
+            text = repr(redact(_beginning(body))[:_TOLD_CHARACTERS])
             raise TransientStoreError(
                 f"{operation}: this answer is not S3's ({wanted}): status {status}, {kind}, {text}; is"
                 f" {redact(endpoint_url)} an S3 endpoint, or did a proxy or a login page answer in its place?"
@@ -123,11 +124,11 @@ def _error_unlike_s3(operation: str, status: int, headers: dict[str, str], body:
 
 
 def _beginning(body: Any) -> str:
-    """The first characters; an answer that streams is closed."""
+    """The first text; an answer that streams is closed."""
     if not isinstance(body, bytes):
         stream, body = body, b""
         with suppress(Exception):  # whatever the wire does now, the answer is refused
-            body = stream.read(_TOLD_CHARACTERS * 4)
+            body = stream.read(_READ_BYTES)
         with suppress(Exception):
             stream.close()
-    return str(body[: _TOLD_CHARACTERS * 4].decode("utf-8", "replace"))[:_TOLD_CHARACTERS]
+    return str(body[:_READ_BYTES].decode("utf-8", "replace"))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
-from asyncckpt.errors import StoreError, TransientStoreError
+from asyncckpt.errors import StoreError, TransientStoreError, told
 from asyncckpt.store.base import Buffer, Buffers
 from asyncckpt.store.checksum import HEADERS, IN_HARDWARE, Algorithm, Summed, checksum, etag_of
 from asyncckpt.store.s3_errors import CHANGED, code_of, status_of
@@ -85,7 +85,7 @@ class Checksums:
             return error
         del self._changes[key, part]
         blamed = StoreError(
-            f"this path changes bytes: {_MOST_CHANGES} times the store got another body than was sent, and said at last: {error};"
+            f"this path changes bytes: {_MOST_CHANGES} times the store got another body than was sent, and said at last: {told(error)};"
             " look for a proxy or a bad link in between, or for bad memory in this host",
             key=key,
         )

@@ -2,24 +2,46 @@
 
 import io
 import ipaddress
+import re
 import warnings
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
+from botocore.awsrequest import (
+    AWSHTTPConnection,
+    AWSHTTPConnectionPool,
+    AWSHTTPSConnection,
+    AWSHTTPSConnectionPool,
+)
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
+from urllib3.connection import HTTPConnection
 
+from asyncckpt.errors import TransientStoreError
 from asyncckpt.options import S3Options
 from asyncckpt.store.base import Buffers, Progress, byte_views
 from asyncckpt.store.s3_answers import judging
+from asyncckpt.store.s3_credentials import Programs
+from asyncckpt.store.s3_errors import remember
+from asyncckpt.store.watch import answered, attend
 
 CONNECTIONS = 32
 CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 30.0  # also bounds the sending of one piece of a body; a worker counts as hung after twice as long
-_PIECE_BYTES = 2**21  # within the timeout above: 70 kB/s is the slowest connection that is not given up
+READ_TIMEOUT_S = 30.0  # of a connection that nobody watches: also bounds the sending of one piece of a body
+WATCHED_TIMEOUT_S = 600.0  # a watch decides earlier
+_PIECE_BYTES = 2**21
 _SMALL_BYTES = 2**16
+
+
+_SENT_SECRETS = (
+    ("X-Amz-Security-Token", re.compile(r"(.+)")),
+    ("Authorization", re.compile(r"Credential=([^/]+)/")),
+)
 
 
 class Expectation:
@@ -32,28 +54,100 @@ class Expectation:
 
     def __init__(self) -> None:
         self.refusal = True
+        self._known = True
 
     def apply(self, params: dict[str, Any], **_: object) -> None:
         """Handler of botocore's `before-call`, behind its own that sets the header."""
-        if not self.refusal:
+        if not (self.refusal and self._known):
             params["headers"].pop("Expect", None)
 
+    def hear(self, response_dict: dict[str, Any], **_: object) -> None:
+        """Handler of botocore's `before-parse`. 417: whoever answers does not know the header, and has not read the body."""
+        if response_dict["status_code"] == 417:
+            self._known = False
+            refused = TransientStoreError(
+                "the server, or a proxy before it, knows no `Expect: 100-continue`: sent without"
+            )
+            refused.unanswered = False
+            raise refused
 
-def make_client(options: S3Options, expectation: Expectation) -> Any:
+
+class _Attended(HTTPConnection):
+    """A connection that says which socket the request of its thread goes over, so that a watch can look at it.
+
+    botocore and urllib3 bound the sending of a piece by the timeout of connecting, and the answer from the moment when the last piece is in
+    the kernel's buffer: on a thin link both are too early.
+    """
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        self.sock.settimeout(self._timeout_s())
+        super().send(data)
+
+    def getresponse(self) -> Any:
+        self.timeout = self._timeout_s()
+        answer = super().getresponse()
+        answered()
+        return answer
+
+    def _timeout_s(self) -> float:
+        return WATCHED_TIMEOUT_S if attend(self.sock) else READ_TIMEOUT_S
+
+
+class _Connection(_Attended, AWSHTTPConnection):  # type: ignore[misc]  # the mixture is botocore's own
+    pass
+
+
+class _TlsConnection(_Attended, AWSHTTPSConnection):  # type: ignore[misc]  # as above
+    pass
+
+
+class _Pool(AWSHTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(AWSHTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+def _make_watchable(client: Any) -> None:
+    """There is no public way to name the class of a client's connections. Without it the timeouts above hold."""
+    with suppress(AttributeError):
+        client._endpoint.http_session._pool_classes_by_scheme.update(http=_Pool, https=_TlsPool)
+
+
+def make_client(options: S3Options, expectation: Expectation, programs: Programs | None = None) -> Any:
     """A client with one attempt a request: `RetryingStore` asks again, with a deadline instead of botocore's quota.
 
     A new session, so that credentials are looked up anew. Vendor errors pass: the caller maps them.
     """
-    session = boto3.session.Session(profile_name=options.profile, region_name=options.region)
+    core = botocore.session.get_session()
+    session = boto3.session.Session(profile_name=options.profile, region_name=options.region, botocore_session=core)
+    (programs or Programs()).watch(core)
     client = session.client("s3", endpoint_url=options.endpoint_url, config=_config(options, options.endpoint_url))
     if options.endpoint_url is None and not _is_aws(client.meta.endpoint_url):  # AWS_ENDPOINT_URL_S3 or a profile's
         endpoint_url = client.meta.endpoint_url
         client.close()
         client = session.client("s3", config=_config(options, endpoint_url))
+    _make_watchable(client)
     client.meta.events.register_last("before-call.s3", expectation.apply)
+    client.meta.events.register_last("before-parse.s3", expectation.hear)
     client.meta.events.register_last("before-parse.s3", judging(client.meta.endpoint_url))
+    client.meta.events.register_last("before-send.s3", _remember_sent)
+    credentials = session.get_credentials()
+    if credentials is not None and not isinstance(credentials, RefreshableCredentials):  # those may need a request
+        remember(credentials.access_key, credentials.secret_key, credentials.token)
     _warn_of_plain_http(client.meta.endpoint_url)
     return client
+
+
+def _remember_sent(request: Any, **_: object) -> None:
+    """Credentials are renewed on the way: what was sent last may be echoed."""
+    for header, secret in _SENT_SECRETS:
+        value = request.headers.get(header, "")
+        found = secret.search(value.decode("latin-1") if isinstance(value, bytes) else value)
+        remember(found and found[1])
 
 
 def signs_payload(client: Any) -> bool:

@@ -4,9 +4,10 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from asyncckpt.errors import ObjectNotFoundError, StoreError
+from asyncckpt.errors import ObjectNotFoundError, StoreError, UploadLostError
 from asyncckpt.store.base import Buffers, Upload, byte_views
 from asyncckpt.store.s3_checksums import Rung
+from asyncckpt.store.s3_errors import status_of
 
 if TYPE_CHECKING:
     from asyncckpt.store.s3 import S3Store
@@ -41,13 +42,13 @@ class S3Upload(Upload):
         params = {"Key": self._name, "UploadId": self._id, "MultipartUpload": {"Parts": parts}}
         try:
             self._store._ask("complete_multipart_upload", self._key, **params)
-        except ObjectNotFoundError as error:
-            found = self._store.head(self._key)
+        except UploadLostError as error:
+            found = self._store.head(self._key) if status_of(error.__cause__) == 404 else None  # else a part is gone
             if found is None or found.stored_bytes != sum(part_bytes for _, part_bytes in self._parts.values()):
-                raise StoreError("the upload is gone: it was aborted, or expired", key=self._key) from error
+                raise
 
     def abort(self) -> None:
-        with suppress(ObjectNotFoundError):
+        with suppress(ObjectNotFoundError, UploadLostError):
             self._store._ask("abort_multipart_upload", self._key, Key=self._name, UploadId=self._id)
 
     def abort_others(self) -> None:
@@ -55,7 +56,8 @@ class S3Upload(Upload):
         try:
             open_ones = self._store._ask("list_multipart_uploads", self._key, Prefix=self._name).get("Uploads", ())
             for one in open_ones:
-                if one["Key"] == self._name and one["UploadId"] != self._id:
-                    S3Upload(self._store, self._key, one["UploadId"]).abort()
+                number = one.get("UploadId", self._id)
+                if one.get("Key") == self._name and number != self._id:
+                    S3Upload(self._store, self._key, number).abort()
         except StoreError as error:
             _LOG.warning("an upload of %s may have been left open: %s", self._key, error)

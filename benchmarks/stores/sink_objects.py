@@ -43,6 +43,7 @@ class Content:
 class _Upload:
     bucket: str
     key: str
+    begun_s: float
     parts: dict[int, Content] = field(default_factory=dict)
 
 
@@ -103,7 +104,7 @@ class Objects:
         upload_id = f"upload-{next(self._numbers)}"
         with self._lock:
             self._held(bucket)
-            self._uploads[upload_id] = _Upload(bucket, key)
+            self._uploads[upload_id] = _Upload(bucket, key, time.time())
         return upload_id
 
     def put_part(self, upload_id: str, number: int, content: Content) -> None:
@@ -139,10 +140,15 @@ class Objects:
             self._upload(upload_id)
             del self._uploads[upload_id]
 
-    def open_uploads(self, bucket: str, prefix: str) -> list[tuple[str, str]]:
-        """Key and id of each."""
+    def parts(self, upload_id: str) -> list[tuple[int, Content]]:
+        """What an open upload holds, by number."""
         with self._lock:
-            found = [(held.key, name) for name, held in self._uploads.items() if held.bucket == bucket]
+            return sorted(self._upload(upload_id).parts.items())
+
+    def open_uploads(self, bucket: str, prefix: str) -> list[tuple[str, str, float]]:
+        """Key, id and begin of each."""
+        with self._lock:
+            found = [(held.key, name, held.begun_s) for name, held in self._uploads.items() if held.bucket == bucket]
         return sorted(one for one in found if one[0].startswith(prefix))
 
     def page(self, bucket: str, prefix: str, delimiter: str, after: str, most: int) -> Page:

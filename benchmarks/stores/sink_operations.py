@@ -145,10 +145,19 @@ def _abort(objects: Objects, request: Request, _body: Content) -> Answer:
 
 def _list_uploads(objects: Objects, request: Request, _body: Content) -> Answer:
     found = "".join(
-        f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>"
-        for key, name in objects.open_uploads(request.bucket, request.query.get("prefix", ""))
+        f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId><Initiated>{_iso(begun_s)}</Initiated></Upload>"
+        for key, name, begun_s in objects.open_uploads(request.bucket, request.query.get("prefix", ""))
     )
     return _xml(f"<ListMultipartUploadsResult><IsTruncated>false</IsTruncated>{found}</ListMultipartUploadsResult>")
+
+
+def _list_parts(objects: Objects, request: Request, _body: Content) -> Answer:
+    found = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><LastModified>{_iso(one.modified_s)}</LastModified>"
+        f"<ETag>{escape(one.etag)}</ETag><Size>{one.size_bytes}</Size></Part>"
+        for number, one in objects.parts(request.query["uploadId"])
+    )
+    return _xml(f"<ListPartsResult><IsTruncated>false</IsTruncated>{found}</ListPartsResult>")
 
 
 def _list(objects: Objects, request: Request, _body: Content) -> Answer:
@@ -228,6 +237,7 @@ _OF_OBJECTS: dict[tuple[str, str], _Operation] = {
     ("PUT", ""): _put,
     ("PUT", "copy"): _copy,
     ("PUT", "uploadId"): _put_part,
+    ("GET", "uploadId"): _list_parts,
     ("DELETE", ""): _delete,
     ("POST", "uploads"): _start_upload,
     ("POST", "uploadId"): _complete,

@@ -1,8 +1,10 @@
 """The service and its workers are killed, stopped and starved; the save commits, or says why not, and nothing hangs."""
 
 import contextlib
+import errno
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -194,6 +196,23 @@ def test_a_service_that_cannot_run_fails_the_save_with_its_last_words(tmp_path, 
     saver.close()
 
 
+def test_a_service_that_cannot_be_greeted_leaves_no_process_and_no_descriptor(tmp_path, monkeypatch):
+    from asyncckpt.engine import spawn
+
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Saver(tmp_path) as saver:
+        before = descriptors(), children(os.getpid())
+        with monkeypatch.context() as patched:
+            patched.setattr(spawn.Channel, "send", full)
+            with pytest.raises(errors.CheckpointError, match="Too many open files"):
+                saver.save(1, numbered(1))
+        left = {fd: target for fd, target in descriptors().items() if "arena" not in target}
+        assert (left, children(os.getpid())) == before
+        saver.save(1, numbered(1)).result(PATIENCE_S)
+
+
 def test_a_service_that_is_frozen_does_not_block_wait_for_ever(held_saver, proxy, s3_url, seen):
     saver = held_saver(silent_s=2.0)
     _, service, _ = in_the_middle(proxy, saver, seen)
@@ -358,3 +377,56 @@ def test_no_free_descriptor_fails_the_save_and_not_the_training(tmp_path):
             save.result(PATIENCE_S)
         saver.save(3, numbered(3)).result(PATIENCE_S)
     assert_numbered(asyncckpt.load(tmp_path, step=3), 3)
+
+
+def test_saves_go_on_from_a_working_directory_that_was_deleted(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in `python -c` and in a notebook
+    gone.rmdir()
+    with Saver(tmp_path / "run", engine="service") as saver:
+        saver.save(1, numbered(1)).result(PATIENCE_S)
+    assert_numbered(asyncckpt.load(tmp_path / "run"), 1)
+
+
+def test_a_limit_on_file_sizes_is_not_called_a_lack_of_memory(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Saver(tmp_path, engine="service") as saver:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        try:
+            with pytest.raises(errors.SnapshotError, match="ulimit -f"):
+                saver.save(1, numbered(1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        saver.save(2, numbered(2)).result(PATIENCE_S)
+    assert_numbered(asyncckpt.load(tmp_path), 2)
+
+
+@pytest.mark.parametrize("engine", ["service", "inline"])
+@pytest.mark.parametrize("left", range(4))
+def test_at_the_limit_of_threads_a_save_is_made_or_says_which_limit(tmp_path, monkeypatch, engine, left):
+    """Threads are wanted for the look at the folder, the engine, its uploads; a copy thread is not needed."""
+    before = threading.active_count()
+    really = threading.Thread.start
+    room = iter(range(left))
+
+    def start(thread):
+        if next(room, None) is None:
+            raise RuntimeError("can't start new thread")
+        really(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    saver = Saver(tmp_path, engine=engine)
+    try:
+        saver.save(1, numbered(1)).result(PATIENCE_S)
+    except errors.CheckpointError as error:
+        assert "ulimit -u" in str(error)  # noqa: PT017 - whether it fails depends on how many threads were left
+        assert left < 3
+    monkeypatch.undo()
+    saver.save(2, numbered(2)).result(PATIENCE_S)
+    saver.close()
+    assert threading.active_count() == before
+    assert_numbered(asyncckpt.load(tmp_path), 2)

@@ -36,6 +36,7 @@ ROOMS = [
             "staging",
         ),
         *("flight", "turns"),
+        *("backing", "dropped"),
     },
     {"distributed", "integrations", "cli"},
     {"", "__main__"},  # the package itself re-exports the front doors
@@ -49,7 +50,7 @@ HOMES = {  # library -> the only files that may import it
     "tenacity": {"store/retry.py"},
     "threadpoolctl": {"state/threads.py"},
     "boto3": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},
-    "botocore": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py"},
+    "botocore": {"store/s3.py", "store/s3_errors.py", "store/s3_client.py", "store/s3_credentials.py"},
 }
 PICKLE_READERS = {
     "pickle",
@@ -66,7 +67,7 @@ PICKLE_READERS = {
 EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "os.system", "os.popen"}
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 60
-LONG_MODULES = {"store/s3.py": 430}  # one class that speaks every verb of the contract to S3; may only shrink
+LONG_MODULES = {"store/s3.py": 411}  # one class that speaks every verb of the contract to S3; may only shrink
 LONG_FUNCTIONS: dict[str, int] = {}  # file:function -> lines; may only shrink
 
 PUBLIC_NAMES = {

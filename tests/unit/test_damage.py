@@ -164,6 +164,26 @@ def test_what_changes_under_a_restore_that_began_to_overwrite_says_so(codec):
     assert caught.value.overwritten
 
 
+@pytest.mark.parametrize("part", ["index.json", "state.pt", "model-"])
+def test_a_machine_without_memory_is_no_damage(part):
+    class Short(BadPath):
+        def get(self, key, *, max_bytes):
+            if part in key:
+                raise MemoryError
+            return super().get(key, max_bytes=max_bytes)
+
+        def get_into(self, key, start, target):
+            if part in key:
+                raise MemoryError
+            super().get_into(key, start, target)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(errors.CheckpointError, match="too little memory") as caught:
+            asyncckpt.load(URL, store=Short(stored_run(10, 20)))
+    assert (type(caught.value), caught.value.step) == (errors.CheckpointError, 20)
+
+
 # -- marks
 
 

@@ -1,5 +1,7 @@
 """A checkpoint that an enemy signed is read, or refused by an error of the family; `python -m tests.forging` goes on for as long as one likes."""
 
+import json
+import random
 import warnings
 
 import pytest
@@ -8,10 +10,11 @@ import torch
 import asyncckpt
 from asyncckpt import Run, errors
 from asyncckpt.format.digest import hexdigest
+from asyncckpt.format.frames import compress
 from asyncckpt.state.statefile import read_state, write_state
-from tests.forging import CODECS, DAMAGE, URL, Forgery, roads, state_of, try_seed
+from tests.forging import CODECS, DAMAGE, URL, Forgery, fresh, roads, state_of, try_seed
 
-SEEDS_OF_A_CODEC = 40
+SEEDS_OF_A_CODEC = 25
 
 
 @pytest.fixture(scope="module", params=CODECS)
@@ -87,6 +90,24 @@ def test_sizes_beyond_the_objects_are_damage_and_latest_falls_back(size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert asyncckpt.load(URL, store=store)["step"] == 1
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_state_that_an_optimizer_lacks_is_not_made_on_the_word_of_an_index(codec):
+    made = Forgery(codec)
+    size = 2**38
+    row = row_of(made.index, "state/#3/step")
+    shard = made.index["shards"][row[5][0][2]]
+    chunk = [[0], [size], row[5][0][2], 2**16, "00" * 32 * (size // 2**22)]
+    row[2:] = ["uint8", [size], "plain", [chunk]]
+    frames = [shard["frames"][0], *[[2**22, 9]] * (size // 2**22 + 1)] if shard["frames"] else []
+    shard["frames"] = frames
+    shard["raw_bytes"], shard["stored_bytes"] = map(sum, zip(*frames, strict=True)) if frames else (2 * size, 2 * size)
+    made.index["unknown"] = random.Random(0).randbytes(2**18).hex()
+    index = compress(json.dumps(made.index).encode())
+    store = made.put(made.record, index, made.state)
+    with pytest.raises(errors.CorruptCheckpointError):
+        asyncckpt.restore(URL, fresh(), step=2, store=store)
 
 
 def test_errors_of_damage_and_of_news_are_no_others():

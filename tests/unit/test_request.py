@@ -77,3 +77,52 @@ def test_metrics_and_tags_are_those_of_the_call(tmp_path):
     latest = asyncckpt.Run(tmp_path).latest()
     assert latest.metrics == {"loss": 0.5}
     assert list(latest.tags) == ["a"]
+
+
+class Mute:
+    """A value whose text nobody can have."""
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({"metrics": {"loss": value}} for value in (10**400, -(10**400), 10**5000, Mute(), [10**5000])),
+        *({name: 10**5000} for name in ("epoch", "tags", "pin", "metrics", "step")),
+        *({name: Mute()} for name in ("epoch", "tags", "pin", "metrics", "step")),
+        {"tags": [10**5000]},
+    ],
+)
+def test_a_value_of_any_size_is_refused_by_its_name(tmp_path, said):
+    """An int of more than 4300 digits has no text in Python, so a message that holds it would fail itself."""
+    with asyncckpt.Saver(tmp_path, engine="inline") as saver:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            saver.save(**{"step": 1, "state": {"n": 1}, **said})
+        assert "int_max_str" not in str(caught.value)
+        assert ("loss" if isinstance(said.get("metrics"), dict) else next(iter(said))) in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+def test_a_relative_path_from_a_deleted_folder_is_told(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    asyncckpt.Saver(tmp_path / "run", engine="inline").close()
+    with asyncckpt.Saver(tmp_path / "run", engine="inline") as saver:
+        saver.save(1, {"model": {"w": torch.ones(3)}}).result(30)
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for use in (
+        lambda: asyncckpt.Saver("run"),
+        lambda: asyncckpt.load("run"),
+        lambda: asyncckpt.Run("run"),
+        lambda: asyncckpt.Run(tmp_path / "run").latest().export("out.safetensors"),
+    ):
+        with pytest.raises(asyncckpt.errors.StoreNotFoundError, match="working directory of this process was deleted"):
+            use()
+
+
+def test_a_home_of_nobody_is_no_place():
+    with pytest.raises(ValueError, match="~no-such-user"):
+        asyncckpt.Saver("~no-such-user/run")

@@ -1,3 +1,4 @@
+import errno
 import gc
 import traceback
 import warnings
@@ -633,3 +634,21 @@ def test_strict_false_tells_of_an_object_that_gets_nothing(caplog):
     with caplog.at_level("WARNING", "asyncckpt"):
         restore(URL, training(2), strict=False, store=store)
     assert not [record for record in caplog.records if "nothing is loaded" in record.getMessage()]
+
+
+@pytest.mark.parametrize("failure", [MemoryError, lambda: OSError(errno.ENOMEM, "Cannot allocate memory")])
+@pytest.mark.parametrize(("operation", "call"), [("get", 2), ("get_into", 1)])  # the index, and a tensor
+def test_no_memory_for_what_is_read_is_an_error_of_ours_and_no_damage(failure, operation, call):
+    inner = MemoryStore()
+    with asyncckpt.Saver("memory://", store=inner) as saver:
+        saver.save(1, {"model": {"w": torch.ones(1000)}})
+    for use in (
+        lambda store: load("memory://", store=store),
+        lambda store: restore("memory://", {"model": {"w": torch.zeros(1000)}}, store=store),
+        lambda store: asyncckpt.Run("memory://", store=store).latest().tensor("model/w"),
+    ):
+        store = FaultyStore(inner, {call}, operations={operation}, error=failure)
+        with pytest.raises(errors.CheckpointError, match="no memory for what is read") as caught:
+            use(store)
+        assert type(caught.value) is errors.CheckpointError
+        assert caught.value.step == 1

@@ -5,8 +5,8 @@ import gc
 import itertools
 import pickle
 import threading
-import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from asyncckpt.engine.client import ServiceEngine
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.store.memory import MemoryStore
 from tests.faulty import FaultyStore
-from tests.processes import PATIENCE_S, descriptors
+from tests.processes import PATIENCE_S, descriptors, eventually
 from tests.training import Training, assert_numbered, assert_same, numbered
 
 names = itertools.count()
@@ -466,20 +466,28 @@ def test_an_interrupted_close_hands_over_and_leaves(monkeypatch):
     assert_numbered(loaded(store, 1), 1)
 
 
-def test_a_dropped_saver_finishes_what_it_was_given(url):
-    def train():
-        Saver(url).save(1, numbered(1))
-
-    train()
-    gc.collect()
-    deadline = time.monotonic() + PATIENCE_S
-    while Run(url).latest() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+def test_a_dropped_saver_finishes_what_it_was_given_and_leaves_no_thread(url):
+    before = set(threading.enumerate())
+    save = Saver(url).save(1, numbered(1))
+    assert save.result(PATIENCE_S).step == 1  # whoever holds the Save has its answer
     assert_numbered(asyncckpt.load(url), 1)
-    from asyncckpt import saver as module
+    eventually(lambda: set(threading.enumerate()) <= before, "its threads have ended")
 
-    (dropped,) = [saver for saver in module._savers if saver.url == url]
-    dropped.close()
+
+def test_a_dropped_saver_that_never_saved_starts_nothing(url):
+    before = threading.active_count()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Saver(url).restore({})
+        assert threading.active_count() == before
+
+
+def test_a_saver_that_was_saved_with_is_freed_with_its_last_reference(url):
+    saver = Saver(url, hooks=[lambda event: None])
+    saver.save(1, Training().step().state).result(PATIENCE_S)
+    gone = weakref.ref(saver)
+    del saver
+    assert gone() is None, "something of ours still leads to it"
 
 
 def test_after_close_every_call_says_so(url):

@@ -1,6 +1,7 @@
 """Arenas: memory files and the pool that lends them."""
 
 import contextlib
+import errno
 import mmap
 import os
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncckpt.engine.arena import Arena, ArenaPool
+from asyncckpt.engine.arena import Arena, ArenaPool, why_none
 
 PAGE = mmap.PAGESIZE
 
@@ -168,3 +169,10 @@ def test_an_arena_that_somebody_still_looks_into_closes_and_its_map_goes_with_th
     view.release()
     arena.buffer.close()
     assert arena.buffer.closed
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"), [(errno.EFBIG, "ulimit -f"), (errno.EMFILE, "ulimit -n"), (errno.ENOMEM, "no memory")]
+)
+def test_why_there_is_no_arena_names_the_limit(number, way_out):
+    assert way_out in why_none(1000, OSError(number, os.strerror(number)))

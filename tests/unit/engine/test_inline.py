@@ -1,10 +1,11 @@
 """The in-process engine, without a Saver around it."""
 
+import gc
 import threading
 
 import pytest
 
-from asyncckpt import KeepLast, errors, events
+from asyncckpt import KeepLast, RetryPolicy, errors, events
 from asyncckpt.engine.arena import Arena
 from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.job import SaveJob
@@ -12,6 +13,7 @@ from asyncckpt.format.plan import Group, Structure, TensorSpec, plan
 from asyncckpt.restore import load
 from asyncckpt.state.statefile import write_state
 from asyncckpt.store.memory import MemoryStore
+from asyncckpt.store.retry import RetryingStore
 from tests.faulty import FaultyStore
 
 PATIENCE_S = 15.0
@@ -128,3 +130,67 @@ def test_a_bug_in_the_engine_fails_the_saves_and_does_not_leave_them_waiting(rig
     assert "ZeroDivisionError" in str(error)
     rig.submit(2)
     assert rig.answers.of(2)[0].result == "committed"
+
+
+@pytest.mark.parametrize("operation", ["write", "complete"])
+def test_an_upload_that_the_store_lost_is_begun_again_from_the_arena(operation):
+    inner = MemoryStore()
+    lost = FaultyStore(inner, {1, 2}, operations={operation}, error=lambda: errors.UploadLostError("NoSuchUpload"))
+    rig = Rig(lost)
+    rig.engine._pipeline.part_bytes = 4096
+    rig.submit(1)
+    outcome, error = rig.answers.of(1)
+    rig.close()
+    assert error is None
+    assert outcome.retries == 2
+    assert load("memory://", store=inner)["m"]["t0"].shape == (1000,)
+    assert lost.calls.count((operation, lost.calls[0][1])) > 2
+
+
+def test_a_store_that_loses_every_upload_fails_the_save_and_says_so():
+    lost = FaultyStore(
+        MemoryStore(), range(100), operations={"write"}, error=lambda: errors.UploadLostError("NoSuchUpload")
+    )
+    rig = Rig(lost)
+    rig.engine._pipeline.part_bytes = 10**4
+    rig.submit(1)
+    assert isinstance(rig.answers.of(1)[1], errors.UploadLostError)
+    rig.submit(2)
+    assert isinstance(rig.answers.of(2)[1], errors.UploadLostError)
+    rig.close()
+    assert len(lost.calls) <= 2 * 2 * 4  # each of two parts, at first and three times again
+
+
+def test_an_engine_without_threads_for_uploads_stores_all_the_same(monkeypatch):
+    really = threading.Thread.start
+
+    def start(thread):
+        if thread.name.startswith("asyncckpt-upload"):
+            raise RuntimeError("can't start new thread")
+        really(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    store = MemoryStore()
+    rig = Rig(store)
+    rig.engine._pipeline.part_bytes = 4096
+    rig.submit(1)
+    assert rig.answers.of(1)[1] is None
+    rig.close()
+    assert load("memory://", store=store)["m"]["t0"].shape == (1000,)
+
+
+@pytest.mark.parametrize("operation", ["put", "write", "complete"])
+def test_what_was_tried_again_holds_no_view_of_the_arena(operation):
+    """Else the memory of a whole state would stay until somebody collects garbage, and closing the arena would fail."""
+    lost = FaultyStore(MemoryStore(), {1}, operations={operation}, error=lambda: errors.TransientStoreError("lost"))
+    rig = Rig(RetryingStore(lost, RetryPolicy(deadline_s=10, first_wait_s=0.001, max_wait_s=0.001)))
+    rig.engine._pipeline.part_bytes = 10**7 if operation == "put" else 4096
+    gc.collect()
+    gc.disable()
+    try:
+        rig.submit(1)
+        assert rig.answers.of(1)[1] is None
+        rig.close()
+        assert rig.arena.buffer.closed
+    finally:
+        gc.enable()

@@ -2,7 +2,7 @@
 
 from asyncckpt import errors
 from asyncckpt.engine.job import CommitOutcome, SaveJob, ShardReceipt
-from asyncckpt.engine.schedule import MAX_DEATHS, Schedule
+from asyncckpt.engine.schedule import MAX_DEATHS, MAX_LOST_UPLOADS, Schedule
 
 
 def job(number=1, step=10, **fields):
@@ -75,6 +75,7 @@ class Walk:
             if self.harm:
                 found += [(task, "failed"), (task, "worker died")]
                 found += [(task, "nobody knows")] if task.kind == "commit" else []
+                found += [(task, "lost its upload")] if task.kind == "shard" else []
         return found
 
     def follow(self, task, what):
@@ -93,8 +94,8 @@ class Walk:
             if what == "worker died":
                 ended = self.schedule.lost(task, "was killed")
             else:
-                kind = errors.StoreError if what == "failed" else errors.CommitUnknownError
-                ended = self.schedule.failed(task, kind("no"))
+                kinds = {"failed": errors.StoreError, "lost its upload": errors.UploadLostError}
+                ended = self.schedule.failed(task, kinds.get(what, errors.CommitUnknownError)("no"))
         self.kinds.append((task.kind, what))
         self.answer(ended)
 
@@ -146,7 +147,8 @@ def check_walk(walk, *, retention):
         assert ("retain" in [kind for kind, _ in walk.kinds]) == retention
         return
     assert not committed, f"a committed save was answered with {ended}: {walk.kinds}"
-    kinds = [kind for kind, what in walk.kinds if what != "worker died" and kind != "snapshot"]
+    again = ("worker died", "lost its upload")
+    kinds = [kind for kind, what in walk.kinds if what not in again and kind != "snapshot"]
     if {("commit", "worker died"), ("commit", "nobody knows")} & set(walk.kinds):
         assert "abandon" not in kinds, f"the record may still arrive, and needs its folder: {walk.kinds}"
     else:
@@ -258,6 +260,19 @@ def test_a_task_that_kills_every_worker_fails_its_save_with_its_own_error():
     assert isinstance(ended.error, errors.WorkerDiedError)
     assert ended.error.step == run.job.step
     assert [task.kind for task in take(schedule)] == ["abandon"]
+
+
+def test_a_shard_whose_upload_is_lost_again_and_again_fails_its_save():
+    schedule = Schedule(retention=False)
+    schedule.submit(job(), 1)
+    tasks = take(schedule)
+    finish(schedule, tasks[0])
+    for number in range(MAX_LOST_UPLOADS + 1):
+        task = tasks[-1] if number == 0 else take(schedule)[0]
+        ended = schedule.failed(task, errors.UploadLostError("no such upload"))
+        assert ended is None or number == MAX_LOST_UPLOADS
+    assert isinstance(ended.error, errors.UploadLostError)
+    assert ended.run.retries == MAX_LOST_UPLOADS
 
 
 def test_a_commit_that_kills_every_worker_may_still_appear_and_nothing_of_it_is_removed():

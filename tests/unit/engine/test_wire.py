@@ -160,6 +160,30 @@ def test_close_leaves_no_descriptor_received_queued_or_untaken():
     assert open_descriptors() == before
 
 
+@pytest.mark.parametrize("size", [0, INLINE_BYTES + 1])
+@pytest.mark.parametrize("way", ["send", "post"])
+def test_a_message_that_nobody_will_read_keeps_no_descriptor(ends, way, size):
+    ours, theirs = ends
+    theirs.close()
+    fd = memory_file("test", b"")
+    before = open_descriptors()
+    for _ in range(3):
+        with pytest.raises(BrokenPipeError):
+            getattr(ours, way)({"text": "x" * size}, [fd])
+    assert open_descriptors() == before
+    assert not ours.pending
+    os.close(fd)
+
+
+def test_a_descriptor_that_cannot_be_sent_leaves_no_other_one_open(ends):
+    fd = memory_file("test", b"")
+    before = open_descriptors()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        ends[0].send({"number": 1}, [fd, 1_000_000])
+    assert open_descriptors() == before
+    os.close(fd)
+
+
 def test_many_threads_may_send_at_once(ends):
     ours, theirs = ends
     threads = [

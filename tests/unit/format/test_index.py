@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -323,6 +324,28 @@ def test_an_index_whose_text_is_out_of_proportion_is_refused_before_it_takes_mem
     assert limits.INDEX_BASE_BYTES + limits.INDEX_RATIO * len(stored) < len(padded)
     with pytest.raises(FormatVersionError, match="above the limit"):
         Index.unpack(stored)
+
+
+EMPTY = '{"format":1,"codec":"none","groups":[],"shards":[],"aliases":[],"tensors":[],"tree":%s%s}'
+SWELLING = {
+    **{f"unknown {unit}": ('"value"', ',"x":[' + unit * 40_000 + "0]") for unit in ("[],", "{},", "[[]],", "[{}],", '{"":1},', '{"":{}},', '{"a":1},', '"ab",', "1.5,", "999,")},
+    "tree of lists": ('{"list":[' + '{"list":[]},' * 20_000 + '"value"]}', ""),
+    "tree of dicts": ('{"dict":{' + ",".join(f'"{at:x}":{{"dict":{{}}}}' for at in range(20_000)) + "}}", ""),
+    "deep tree": ('{"list":[' + ('{"list":[' * 100 + "]}" * 100 + ",") * 200 + '"value"]}', ""),
+    "optimizers": ('"value"', ',"parameters":{' + ",".join(f'"{at:x}":[]' for at in range(30_000)) + "}"),
+    "paths by rank": ('"value"', ',"per_rank":[' + '"ab",' * 60_000 + '""]'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWELLING)
+def test_parsing_takes_at_most_35_times_the_text(name):
+    text = (EMPTY % SWELLING[name]).encode()
+    tracemalloc.start()
+    try:
+        assert parse(text).tensors == {}
+        assert tracemalloc.get_traced_memory()[1] < 35 * len(text) + 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_frame_larger_than_a_block_is_refused():

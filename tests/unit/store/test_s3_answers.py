@@ -169,3 +169,10 @@ def test_a_listing_without_what_each_line_has_is_worth_another_try(store: S3Stor
     intercept(store, "ListObjectsV2", lambda _: answer(200, page))
     with pytest.raises(TransientStoreError):
         list(store.list())
+
+
+def test_a_listing_of_uploads_without_what_each_line_has_stops_nothing(store: S3Store) -> None:
+    root = "ListMultipartUploadsResult"
+    lines = "<Upload/><Upload><Key>run/a</Key></Upload><Upload><UploadId>x</UploadId></Upload>"
+    intercept(store, "ListMultipartUploads", lambda _: answer(200, f"<{root}>{lines}</{root}>"))
+    store.start_upload("a").abort_others()

@@ -1,8 +1,10 @@
 """Every vendor error becomes one of ours: the type says what can be done."""
 
 import ssl
+from collections import deque
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from urllib.parse import quote
 
 import pytest
 import urllib3.exceptions
@@ -19,9 +21,11 @@ from asyncckpt.errors import (
     StoreError,
     StoreNotFoundError,
     TransientStoreError,
+    UploadLostError,
     to_json,
 )
-from asyncckpt.store.s3_errors import _CODES, mapped, redact, translated
+from asyncckpt.store import s3_errors
+from asyncckpt.store.s3_errors import _CODES, mapped, redact, remember, translated
 
 KEY = "step-0000000001.json"
 CODES = {
@@ -79,7 +83,8 @@ CODES = {
     "RequestInTheFuture": ClockSkewError,
     "RequestTimeTooSkewed": ClockSkewError,
     "NoSuchKey": ObjectNotFoundError,
-    "NoSuchUpload": ObjectNotFoundError,
+    "NoSuchUpload": UploadLostError,
+    "InvalidPart": UploadLostError,
     "PreconditionFailed": ObjectExistsError,
     "InvalidObjectState": StoreError,
     "NotImplemented": StoreError,
@@ -214,8 +219,22 @@ SECRETS = [
     "Authorization: AWS4-HMAC-SHA256 Credential=AKID/2026",
     "https://user:password@host/",
     "SessionToken: 'FwoGZXIvYXdzE'",
+    "ABIAIOSFODNN7EXAMPLE",
+    "FwoGZXIvYXdzENrSomeMoreOfIt+/==",
+    "IQoJb3JpZ2luX2VjFwoGZXIvYXdzE",
+    "token is 'FwoGZXIvYXdzE0123456789'",
+    "eyJhbGciOiJIUzI1NiJ9.FwoGZXIvYXdzE.abc",
+    "Authorization: Bearer FwoGZXIvYXdzE",
+    "Authorization: AWS AKID:FwoGZXIvYXdzE",
+    "Proxy-Authorization: Basic FwoGZXIvYXdzE==",
+    "<X-Amz-Security-Token>FwoGZXIvYXdzE</X-Amz-Security-Token>",
+    '"SecretAccessKey": "FwoGZXIvYXdzE"',
+    "aws_secret_access_key = FwoGZXIvYXdzE",
+    "https://h/k?AWSAccessKeyId=AKID&Signature=FwoGZXIvYXdzE&Expires=1",
+    "AccessKeyId=AKID",
+    "auth_token=FwoGZXIvYXdzE",
 ]
-TELLING = ["IOSFODNN7", "0123456789abcdef", "FwoGZXIvYXdzE", "AKID", "password"]
+TELLING = ["IOSFODNN7", "0123456789", "FwoGZXIvYXdzE", "AKID", "user:password"]
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -230,6 +249,63 @@ def test_no_credential_stands_in_a_message_or_its_cause(secret: str) -> None:
             raise one
         told = f"{caught.value} {caught.value.__cause__} {to_json(caught.value)}"
         assert not any(word in told for word in TELLING), told
+
+
+@pytest.mark.parametrize("secret", ["an-opaque/token+of=somebody", "0123456789abcdefghij"])
+def test_what_was_sent_is_in_no_message_whatever_it_looks_like(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_errors, "_sent", deque(maxlen=64))
+    assert secret in redact(f"the word {secret} has expired")
+    remember(secret, None, "")
+    for form in (secret, quote(secret, safe="")):
+        assert form not in redact(f"the word {form} has expired")
+
+
+def test_a_word_that_serves_as_a_credential_stays_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_errors, "_sent", deque(maxlen=64))
+    remember("testing")
+    assert redact("testing goes on") == "testing goes on"
+
+
+def test_errors_that_led_to_one_hold_no_credential_either() -> None:
+    """A traceback prints them all."""
+    with pytest.raises(StoreError) as caught, translated("put_object", KEY):
+        try:
+            raise ValueError("X-Amz-Signature=0123456789abcdef")
+        except ValueError:
+            raise boto.EndpointConnectionError(endpoint_url="https://h/") from OSError(
+                "Authorization: Bearer FwoGZXIvYXdzE"
+            )
+    cause = caught.value.__cause__
+    assert cause is not None
+    led_to_it = f"{cause} {cause.__cause__} {cause.__context__}"
+    assert led_to_it.count("[redacted]") == 2
+    assert not any(word in led_to_it for word in TELLING), led_to_it
+
+
+def test_what_a_store_tells_beside_its_message_holds_no_credential() -> None:
+    said = answered("SignatureDoesNotMatch", 403, CanonicalRequest="PUT\nx-amz-security-token:FwoGZXIvYXdzE\n")
+    with pytest.raises(StoreAuthError), translated("put_object", KEY):
+        raise said
+    assert "FwoGZXIvYXdzE" not in str(said.response)
+
+
+def test_a_missing_bucket_is_named() -> None:
+    assert "NoSuchBucket): my-bucket;" in str(mapped(answered("NoSuchBucket", 404), "put_object", KEY, "my-bucket"))
+    assert "NoSuchBucket): theirs;" in str(
+        mapped(answered("NoSuchBucket", 404, BucketName="theirs"), "put_object", KEY)
+    )
+
+
+@pytest.mark.parametrize(
+    "theirs", [ValueError("x"), TypeError("x"), KeyError("x"), AttributeError("x"), RuntimeError("x")]
+)
+def test_a_bug_below_us_is_a_store_error_that_names_its_type(theirs: Exception) -> None:
+    """awscrt's signer raises such ones."""
+    with pytest.raises(StoreError) as caught, translated("put_object", KEY):
+        raise theirs
+    assert type(caught.value) is StoreError
+    assert type(theirs).__name__ in str(caught.value)
+    assert caught.value.key == KEY
 
 
 def test_redaction_keeps_what_is_no_secret() -> None:

@@ -1,0 +1,79 @@
+"""What a Saver stands on: its store, opened as it is needed, and its engine.
+
+Nothing here leads back to the Saver, so that one which nobody holds any more can be told from one that is used.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+
+from asyncckpt import events
+from asyncckpt.engine.client import ServiceEngine
+from asyncckpt.engine.inline import InlineEngine
+from asyncckpt.engine.spawn import EngineOptions, choose_engine, say_in_process
+from asyncckpt.engine.submitted import Listener
+from asyncckpt.engine.wire import REFUSED
+from asyncckpt.options import EngineName, KeepRule, S3Options
+from asyncckpt.store.base import Store
+from asyncckpt.store.opening import open_store
+
+
+class Backing:
+    """`engine_name`: which engine there is, or will be."""
+
+    def __init__(
+        self,
+        url: str,
+        store: S3Options | Store | None,
+        keep: tuple[KeepRule, ...],
+        hooks: events.Hooks,
+        engine: EngineName | None,
+    ) -> None:
+        self._url = url
+        self._custom = store if isinstance(store, Store) else None
+        self.s3 = store if isinstance(store, S3Options) else None
+        self._keep = keep
+        self._hooks = hooks
+        self._chosen = engine
+        self._inline: InlineEngine | None = None
+        self.engine_name = choose_engine(url, engine, in_process=self._custom is not None)
+        self.store = self._custom or open_store(url, self.s3, on_retry=self._retried)
+
+    def make(
+        self, options: EngineOptions, listener: Listener, next_attempt: Callable[[], str]
+    ) -> ServiceEngine | InlineEngine:
+        """The engine; it is not started."""
+        if self.engine_name == "service":
+            return ServiceEngine(options, listener, next_attempt)
+        self._inline = InlineEngine(self.store, self._keep, listener)
+        return self._inline
+
+    def falls_back(self, error: OSError) -> bool:
+        """Whether the next engine is threads of this process: the kernel refuses what a service needs, and nobody asked for one."""
+        if self.engine_name != "service" or error.errno not in REFUSED or self._chosen is not None:
+            return False
+        say_in_process(f"the checkpoint service could not be started: {error.strerror}")
+        self.engine_name = "inline"
+        return True
+
+    def opened_to_look(self) -> AbstractContextManager[Store]:
+        """A store for the look before the first save: one that is away must not be asked for ten minutes."""
+        if self._custom is not None:
+            return nullcontext(self._custom)
+        options = self.s3
+        if self._url.startswith("s3:"):
+            options = options or S3Options()
+            retry = replace(options.retry, deadline_s=min(options.retry.deadline_s, options.retry.first_contact_s))
+            options = replace(options, retry=retry)
+        return closing(open_store(self._url, options, on_retry=self._hooks))
+
+    def close(self) -> None:
+        """Close the store, unless it is the user's own."""
+        if self._custom is None:
+            self.store.close()
+
+    def _retried(self, event: events.StoreRetried) -> None:
+        if self._inline is not None:
+            self._inline.retried(event)
+        else:
+            self._hooks(event)
