@@ -41,21 +41,23 @@ class Backing:
         self.engine_name = choose_engine(url, engine, in_process=self._custom is not None)
         self.store = self._custom or open_store(url, self.s3, on_retry=self._retried, on_away=self._away)
 
-    def start(
+    def make(
         self, options: EngineOptions, listener: Listener, next_attempt: Callable[[], str]
     ) -> ServiceEngine | InlineEngine:
-        """Start the engine; on threads of this process where the kernel refuses what a service needs and nobody asked for one."""
+        """The engine; it is not started."""
         if self.engine_name == "service":
-            try:
-                return ServiceEngine(options, listener, next_attempt)
-            except OSError as error:
-                if error.errno not in REFUSED or self._chosen is not None:
-                    raise
-                say_in_process(f"the checkpoint service could not be started: {error.strerror}")
-                self.engine_name = "inline"
+            return ServiceEngine(options, listener, next_attempt)
         retry = (self.s3 or S3Options()).retry
         self._inline = InlineEngine(self.store, self._keep, listener, retry=retry, closes_store=self._custom is None)
         return self._inline
+
+    def falls_back(self, error: OSError) -> bool:
+        """Whether the next engine is threads of this process: the kernel refuses what a service needs, and nobody asked for one."""
+        if self.engine_name != "service" or error.errno not in REFUSED or self._chosen is not None:
+            return False
+        say_in_process(f"the checkpoint service could not be started: {error.strerror}")
+        self.engine_name = "inline"
+        return True
 
     def opened_to_look(self) -> AbstractContextManager[Store]:
         """A store for the look before the first save: one that is away must not be asked for ten minutes."""

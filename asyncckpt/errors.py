@@ -11,6 +11,7 @@
     ├── CommitUnknownError            the record's put has no answer: the checkpoint may still appear, complete
     ├── WorkerDiedError               a worker (or the service) died again and again on one task
     ├── ForkedSaverError              a Saver was used in a forked child
+    ├── ReentrantCallError            a signal handler called what cannot be done in the middle of the call that it interrupted
     ├── StoreError                    the store refused or failed
     │   ├── TransientStoreError           worth retrying: 5xx, throttling, resets, timeouts, short bodies
     │   ├── DeadlineExceededError         retried until the deadline of the RetryPolicy
@@ -118,6 +119,10 @@ class WorkerDiedError(CheckpointError):
 
 class ForkedSaverError(CheckpointError):
     """A Saver belongs to the process that made it."""
+
+
+class ReentrantCallError(CheckpointError):
+    """A call in the middle of another one on the same thread, as in a signal handler, that cannot be done there. Nothing was started."""
 
 
 class StoreError(CheckpointError):

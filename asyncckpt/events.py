@@ -10,6 +10,8 @@ from typing import Any
 
 from asyncckpt.telling import LOG
 
+_TOLD_STEPS = 10  # of a warning about thousands
+
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
@@ -203,3 +205,16 @@ class Hooks:
                 hook(event)
             except Exception:  # noqa: BLE001 - a user's hook must not kill the listener
                 LOG.exception("a hook failed on %s", type(event).__name__)
+
+
+def warning_of(event: RetentionFailed | LeftoversRemain) -> str:
+    """The line that a person reads."""
+    why = f"{type(event.error).__name__}: {event.error}"
+    if isinstance(event, LeftoversRemain):
+        return f"what failed saves or dead writers left could not be removed; a later run tries again. {why}"
+    if not event.steps:
+        return (
+            f"retention could not look at the checkpoints, removes nothing, and tries again after the next save. {why}"
+        )
+    told = ", ".join(map(str, event.steps[:_TOLD_STEPS])) + (", ..." if len(event.steps) > _TOLD_STEPS else "")
+    return f"retention leaves step(s) {told} in place, and goes on with the others. It says so once. {why}"

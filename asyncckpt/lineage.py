@@ -7,12 +7,13 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from asyncckpt import errors
 from asyncckpt.checkpoints.admission import admit, newest_lineage
 from asyncckpt.format import keys
+from asyncckpt.latch import Latch
 from asyncckpt.store.base import PerStore, Store
 from asyncckpt.store.opening import parse_url
 
@@ -54,6 +55,19 @@ def known(root: Root) -> Note | None:
     return _by_url.get(root) if isinstance(root, str) else _by_store.get(root)
 
 
+@dataclass(slots=True, eq=False)
+class _Look:
+    """At a folder, for the save of one step. `begun`: its thread runs; `answered`: the store did, before `told`."""
+
+    step: int
+    told: Latch
+    begun: bool = False
+    answered: bool = False
+    conflict: errors.CheckpointConflictError | None = None
+    nowhere: errors.StoreNotFoundError | None = None
+    thread: threading.Thread | None = None
+
+
 class Arrival:
     """One Saver's right to write below its root, and the lineage that its checkpoints get.
 
@@ -79,11 +93,7 @@ class Arrival:
         """The step that this process last read there, -1 if none: what stands above it is another branch."""
         self._settled = False
         self._waited = False
-        self._thread: threading.Thread | None = None
-        self._about = 0  # the step that the look is for
-        self._answered = False
-        self._conflict: errors.CheckpointConflictError | None = None
-        self._nowhere: errors.StoreNotFoundError | None = None
+        self._look: _Look | None = None
 
     @property
     def newcomer(self) -> bool:
@@ -97,23 +107,25 @@ class Arrival:
         self.restored = step
         self._settled = newest <= step or self._adopt
         if not self._settled:
-            self._thread, self._conflict, self._waited = None, None, False
+            self._look, self._waited = None, False
 
     def begin(self, step: int) -> None:
         """Start to look, in the background; `admit` hears the answer."""
-        if self._settled or self._thread is not None:
+        if self._settled or self._look is not None:
             return
         found = known(self._root)
         if found is not None:
             self.lineage = found.lineage
             self.restored = -1 if found.restored is None else found.restored
-        self._about, self._answered = step, False
-        thread = threading.Thread(target=self._look, args=(step,), name="asyncckpt-arrival", daemon=True)
+        look = self._look = _Look(step, Latch())
+        look.thread = threading.Thread(target=self._run, args=(look,), name="asyncckpt-arrival", daemon=True)
         try:
-            thread.start()
-        except RuntimeError:  # the limit of threads: the engine looks
-            return
-        self._thread = thread
+            look.thread.start()
+        except RuntimeError as error:  # the limit of threads: the engine looks
+            self._look = None
+            if error.__context__ is not None:  # an interrupt in the middle of start()
+                raise
+        look.begun = True
 
     def admit(self, step: int) -> errors.StoreNotFoundError | None:
         """Wait for the answer; `CheckpointConflictError` if another run's checkpoints stand above the step.
@@ -121,26 +133,28 @@ class Arrival:
         Only the first save waits. Where the store does not answer it goes on, and the engine looks before it commits. Returns an error if
         there is no such store: then the save fails, and the next one looks again.
         """
-        if self._settled or not self._is_told(0 if self._waited else self._wait_s + _HURRY_S):
+        look = self._look
+        if self._settled or not self._is_told(look, 0 if self._waited else self._wait_s + _HURRY_S):
             return None
-        nowhere, self._nowhere = self._nowhere, None
-        if nowhere is not None:
-            self._thread = None
-            nowhere.key = nowhere.key or keys.record_key(step)
-            return nowhere.at(step=step)
-        if self._answered and self._about != step and not self._adopt:
-            self._conflict = self._thread = None  # the look was for another save, which came to nothing
+        if look is not None and look.nowhere is not None:
+            self._look = None
+            look.nowhere.key = look.nowhere.key or keys.record_key(step)
+            return look.nowhere.at(step=step)
+        if look is not None and look.answered and look.step != step and not self._adopt:
+            self._look = None  # it was for another save, which came to nothing
             self.begin(step)
-            if not self._is_told(self._wait_s):
+            look = self._look
+            if not self._is_told(look, self._wait_s):
                 return None
-        conflict, self._conflict = self._conflict, None
-        if conflict is not None:
-            self._thread, self._waited = None, False  # the next save looks again: the user may have rewound
-            raise conflict
-        if self._answered:
+        if look is None:
+            return None
+        if look.conflict is not None:
+            self._look, self._waited = None, False  # the next save looks again: the user may have rewound
+            raise look.conflict
+        if look.answered:
             self._settled = True
         elif self._adopt:
-            self._thread = None  # the next save asks again, and does not wait
+            self._look = None  # the next save asks again, and does not wait
         return None
 
     def committed(self) -> None:
@@ -151,28 +165,37 @@ class Arrival:
 
     def close(self) -> None:
         """Wait until nothing looks any more, for a second at most: the store may be away, and nobody needs the answer."""
-        if self._thread is not None:
-            self._thread.join(min(self._wait_s, _HURRY_S))
+        if self._look is not None and self._look.thread is not None:
+            with suppress(RuntimeError):  # an interrupt came before it was started
+                self._look.thread.join(min(self._wait_s, _HURRY_S))
 
-    def _is_told(self, wait_s: float) -> bool:
-        """Whether a look has ended, after so long a wait at most."""
-        if self._thread is None:
+    def _is_told(self, look: _Look | None, wait_s: float) -> bool:
+        """Whether it has ended, after so long a wait at most."""
+        if look is None:
             return False
-        self._thread.join(wait_s)
+        told = look.told.wait(
+            wait_s if look.begun else 0
+        )  # a signal handler may have come before its thread was started
         self._waited = True
-        return not self._thread.is_alive()
+        return told
 
-    def _look(self, step: int) -> None:
+    def _run(self, look: _Look) -> None:
+        look.begun = True
         try:
             with self._open_store() as store:
                 if self._adopt:
                     self.lineage = newest_lineage(store) or self.lineage
                 else:
-                    admit(store, step, restored=self.restored)
+                    admit(store, look.step, restored=self.restored)
         except errors.CheckpointConflictError as error:
-            self._conflict = error
+            look.conflict = error
+            look.answered = True
         except errors.StoreNotFoundError as error:
-            self._nowhere = error
+            look.nowhere = error
+            look.answered = True
         except Exception:  # noqa: BLE001 - the save itself meets the same store, and tells
             return
-        self._answered = True
+        else:
+            look.answered = True
+        finally:
+            look.told.set()

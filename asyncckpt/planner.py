@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import mmap
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,14 +28,17 @@ class Planned:
 
 
 class Planner:
-    """Keeps the last plans. `forgotten` is called with one that is kept no longer. Thread-safe."""
+    """Keeps the last plans. `forgotten` is called with one that is kept no longer.
+
+    Thread-safe without a lock: a signal handler may come in the middle of a call, and then nobody could plan until it returns. Two threads
+    may make the same plan at once; the first of the two is kept.
+    """
 
     def __init__(self, choice: CodecChoice, forgotten: Callable[[Planned], None]) -> None:
         self._choice = choice
         self._forgotten = forgotten
         self._numbers = itertools.count(1)
         self._known: collections.OrderedDict[tuple[int, StoredCodec], Planned] = collections.OrderedDict()
-        self._lock = threading.RLock()
 
     def next(self, structure: Structure) -> Planned:
         """For the save that begins now."""
@@ -49,21 +51,21 @@ class Planner:
                 self._planned(structure, codec)
 
     def _planned(self, structure: Structure, codec: StoredCodec) -> Planned:
-        with self._lock:
-            known = self._known.get((id(structure), codec))
-            if known is not None:
-                return known
-            made = plan(structure, codec=codec)
-            _check_headers(made)
-            for other in self._choice.possible:
-                sibling = self._known.get((id(structure), other))
-                if sibling is not None and sibling.plan.tensor_offsets == made.tensor_offsets:
-                    # one and the same object: what the copier keeps for the one serves the other
-                    made = dataclasses.replace(made, tensor_offsets=sibling.plan.tensor_offsets)
-            known = self._known[id(structure), codec] = Planned(next(self._numbers), structure, made)
-            if len(self._known) > _MAX_PLANS:
-                self._forgotten(self._known.popitem(last=False)[1])
+        known = self._known.get((id(structure), codec))
+        if known is not None:
             return known
+        made = plan(structure, codec=codec)
+        _check_headers(made)
+        for other in self._choice.possible:
+            sibling = self._known.get((id(structure), other))
+            if sibling is not None and sibling.plan.tensor_offsets == made.tensor_offsets:
+                # one and the same object: what the copier keeps for the one serves the other
+                made = dataclasses.replace(made, tensor_offsets=sibling.plan.tensor_offsets)
+        known = self._known.setdefault((id(structure), codec), Planned(next(self._numbers), structure, made))
+        if len(self._known) > _MAX_PLANS:
+            with contextlib.suppress(KeyError):  # emptied meanwhile
+                self._forgotten(self._known.popitem(last=False)[1])
+        return known
 
 
 def _check_headers(made: Plan) -> None:

@@ -1,22 +1,27 @@
 """The handle of one save, as the training loop holds it, and the ledger of all of them."""
 
+import collections
+import contextlib
 import itertools
 import logging
 import threading
 import time
 import warnings
+from typing import TypeVar
 
 from asyncckpt.engine.job import CommitOutcome
 from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
+from asyncckpt.latch import Latch
 from asyncckpt.state.in_flight import Copy
+from asyncckpt.telling import say
 
 EXISTS = "the step exists already"
 _WAY_OUT = (
     "; nothing of it is stored. If training went back on purpose, Run(url).rewind(step) removes what came later; "
     'on_exists="raise" makes this an error'
 )
-_LOG = logging.getLogger("asyncckpt")
+T = TypeVar("T")
 
 
 class Save:
@@ -27,8 +32,9 @@ class Save:
         self._number = number
         self._started_s = started_s
         self._call_s = 0.0
-        self._staged = threading.Event()
-        self._ended = threading.Event()
+        self._staged = Latch()
+        self._ended = Latch()
+        self._launching: int | None = None  # the thread that is in the middle of beginning it
         self._report: SaveReport | None = None
         self._error: BaseException | None = None
         self._delivered = False
@@ -70,11 +76,15 @@ class Save:
         self._error = error.at(step=self.step)
         self._staged.set()
 
-    def _conclude(self, report: SaveReport | None, error: BaseException | None) -> None:
+    def _told(self, report: SaveReport | None, error: BaseException | None) -> None:
+        """What `_conclude` will say; nobody wakes."""
         if isinstance(error, CheckpointError):
             error.at(step=self.step)
         self._report = report
         self._error = error
+
+    def _conclude(self, report: SaveReport | None, error: BaseException | None) -> None:
+        self._told(report, error)
         self._staged.set()
         self._ended.set()
 
@@ -83,19 +93,20 @@ class Save:
 
 
 class Ledger:
-    """Every save of a Saver: which are in flight, which failed, and what the caller has not been told yet. Thread-safe."""
+    """Every save of a Saver: which are in flight, which failed, and what the caller has not been told yet.
+
+    Thread-safe without a lock, by single steps of dicts and deques: the answers come on other threads, and a signal handler that waits for
+    one may have come in the middle of any method here.
+    """
 
     def __init__(self, hooks: Hooks, max_failed_saves: int | None) -> None:
         self._hooks = hooks
         self._max_failed_saves = max_failed_saves
-        self._lock = (
-            threading.Lock()
-        )  # not a Condition: Ctrl-C inside its `__enter__`, which is Python code, would leave it locked for ever
         self._numbers = itertools.count(1)
         self._open: dict[int, Save] = {}
-        self._failed: list[Save] = []
-        self._notices: list[tuple[Save, str]] = []
-        self._failed_in_row = 0
+        self._failed: collections.deque[Save] = collections.deque()
+        self._notices: collections.deque[tuple[Save, str]] = collections.deque()
+        self._failed_in_row: collections.deque[Save] = collections.deque()
         self.skipped_saves = 0
 
     def new(self, step: int, started_s: float) -> Save:
@@ -104,46 +115,37 @@ class Ledger:
 
     def open(self, save: Save) -> None:
         """It begins; `conclude` or `forget` must follow."""
-        with self._lock:
-            self._open[save._number] = save
+        self._open[save._number] = save
 
     def forget(self, save: Save, error: BaseException) -> None:
         """The save never started; whoever asked for it is told by the exception on its way."""
         save._delivered = True
         save._conclude(None, error)
-        with self._lock:
-            self._open.pop(save._number, None)
+        self._open.pop(save._number, None)
 
     def conclude(self, save: Save, report: SaveReport | None, error: BaseException | None) -> None:
         """A save ended: remember, wake who waits, log one line, tell the hooks."""
-        with self._lock:  # remembered before anybody wakes and asks
-            self._open.pop(save._number, None)
-            if error is not None:
-                self._failed.append(save)
-                self._failed_in_row += 1
-                self._notices.append((save, f"the save of step {save.step} failed: {type(error).__name__}: {error}"))
-            elif report is not None and report.skipped:
-                self.skipped_saves += 1
-                self._notices.append(
-                    (
-                        save,
-                        f"the save of step {save.step} was skipped: {report.skipped}{_WAY_OUT if report.skipped == EXISTS else ''}",
-                    )
-                )
-            else:
-                self._failed_in_row = 0
-            save._conclude(report, error)
+        save._told(report, error)
+        if error is not None:  # remembered before anybody wakes and asks
+            self._failed_in_row.append(save)
+            self._notices.append((save, f"the save of step {save.step} failed: {type(error).__name__}: {error}"))
+            self._failed.append(save)
+        elif report is not None and report.skipped:
+            self.skipped_saves += 1
+            way_out = _WAY_OUT if report.skipped == EXISTS else ""
+            self._notices.append((save, f"the save of step {save.step} was skipped: {report.skipped}{way_out}"))
+        else:
+            self._failed_in_row.clear()
+        self._open.pop(save._number, None)
+        save._conclude(report, error)
         self._hooks(_log(save, report, error))
 
     def report_earlier(self, step: int) -> None:
         """Warn of what failed or was skipped since the last call; raise when too many failed in a row, and count anew."""
-        with self._lock:
-            notices, self._notices = self._notices, []
-            failed_in_row = self._failed_in_row
-            too_many = self._max_failed_saves is not None and failed_in_row >= self._max_failed_saves
-            if too_many:
-                self._failed_in_row = 0
-        if too_many:
+        failed_in_row = len(self._failed_in_row)
+        notices = _taken(self._notices)
+        if self._max_failed_saves is not None and failed_in_row >= self._max_failed_saves:
+            self._failed_in_row.clear()
             self._raise_failures(f"{failed_in_row} saves in a row failed before step {step}")
         for save, notice in notices:
             if not save._delivered:
@@ -152,12 +154,21 @@ class Ledger:
     @property
     def in_flight(self) -> list[Save]:
         """Saves without an answer."""
-        with self._lock:
-            return list(self._open.values())
+        return list(self._open.values())
+
+    def underway(self) -> list[Save]:
+        """Those without an answer that go on by themselves: not what a call beneath, on this very thread, is about to begin."""
+        return [save for save in self.in_flight if save._launching != threading.get_ident()]
+
+    def wait_staged(self, timeout: float | None) -> None:
+        """Until the snapshot of every save made so far is complete."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for save in self.underway():
+            save.wait_staged(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def wait(self, timeout: float | None) -> None:
         """Until every save made so far has ended; then raise what failed and was not raised before."""
-        waiting = self.in_flight
+        waiting = self.underway()
         deadline = None if timeout is None else time.monotonic() + timeout
         for save in waiting:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -166,8 +177,7 @@ class Ledger:
         self._raise_failures("")
 
     def _raise_failures(self, reason: str) -> None:
-        with self._lock:
-            failed, self._failed = [save for save in self._failed if not save._delivered], []
+        failed = [save for save in _taken(self._failed) if not save._delivered]
         if not failed:
             if reason:
                 raise CheckpointError(f"{reason}, and max_failed_saves is {self._max_failed_saves}")
@@ -177,6 +187,15 @@ class Ledger:
         raise SaveFailedError({save.step: save._error for save in failed if save._error is not None}) from failed[
             0
         ]._error
+
+
+def _taken(items: "collections.deque[T]") -> list[T]:
+    """All of them, which are gone from there."""
+    taken = []
+    with contextlib.suppress(IndexError):
+        while True:
+            taken.append(items.popleft())
+    return taken
 
 
 def report_of(save: Save, copy: Copy | None, outcome: CommitOutcome) -> SaveReport:
@@ -199,14 +218,15 @@ def report_of(save: Save, copy: Copy | None, outcome: CommitOutcome) -> SaveRepo
 
 def _log(save: Save, report: SaveReport | None, error: BaseException | None) -> Event:
     if error is not None:
-        _LOG.error("step %d: save failed: %s: %s", save.step, type(error).__name__, error)
+        say(logging.ERROR, "step %d: save failed: %s: %s", save.step, type(error).__name__, error)
         return SaveFailed(save.step, error)
     assert report is not None
     if report.skipped:
-        _LOG.warning("step %d: save skipped: %s", save.step, report.skipped)
+        say(logging.WARNING, "step %d: save skipped: %s", save.step, report.skipped)
         return SaveSkipped(save.step, report.skipped)
     ratio = report.stored_bytes / report.raw_bytes if report.raw_bytes else 1.0
-    _LOG.info(
+    say(
+        logging.INFO,
         "step %d: committed in %.2f s (call %.1f ms, staged %.0f ms), %.1f MB stored, ratio %.3f, %d retries",
         *(save.step, report.total_s, report.call_s * 1e3, report.staged_s * 1e3, report.stored_bytes / 1e6, ratio),
         report.retries,

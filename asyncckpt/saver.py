@@ -4,16 +4,15 @@
 """
 
 import atexit
-import functools
 import logging
 import math
 import os
-import threading
 import time
 import types
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -46,6 +45,7 @@ from asyncckpt.state.ranks import rank
 from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import parse_url
+from asyncckpt.turns import Turns
 
 T = TypeVar("T")
 
@@ -77,7 +77,8 @@ class Saver:
         engine: `"service"` (a process that outlives this one) or `"inline"`; None chooses the service where it can run.
         hooks: Called with every event, see `asyncckpt.events`.
 
-    A Saver belongs to one process and may be used from several threads. With `torch.distributed` initialised, rank 0 writes
+    A Saver belongs to one process and may be used from several threads. A signal handler may save, wait and close at any moment; within
+    `save()` that takes host memory of one more state. With `torch.distributed` initialised, rank 0 writes
     the replicated state; call `save()` on every rank, so that all are told alike what cannot be stored. On the others it checks the
     state and returns. One that nobody holds any more, as when a notebook's cell is run again, finishes its saves and ends its service.
     """
@@ -117,15 +118,17 @@ class Saver:
         self._backing = Backing(self.url, store, self._keep, self._hooks, engine)
         self._store = self._backing.store
         self._pid = os.getpid()
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._ledger = Ledger(self._hooks, max_failed_saves)
         options = self._engine_options()
         retry = (self._backing.s3 or S3Options()).retry
         self._launcher = Launcher(
-            functools.partial(self._backing.start, options),
+            partial(self._backing.make, options),
+            self._backing.falls_back,
             self._ledger,
             self._hooks,
-            Arrival(self._root, self._backing.opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
+            turns=self._turns,
+            arrival=Arrival(self._root, self._backing.opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
             url=self.url,
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,
@@ -134,7 +137,7 @@ class Saver:
         self._backing.listener = self._launcher
         self._launcher.overlap = overlap
         self._restored: list[RNG] = []  # until the next `batches()`
-        self._closed = False
+        self._ended = False  # closed, and nothing is left
         self._finalizer = weakref.finalize(self, dropped.Dropped(self._launcher, self._ledger, self._backing).begin)
         self._finalizer.atexit = False
         _savers.add(self)
@@ -171,13 +174,12 @@ class Saver:
         self._ledger.report_earlier(step)
         replicas.check(state, "save")
         if rank() != 0:
-            with self._lock:
-                self._launcher.check(state)
+            self._in_turn(partial(self._launcher.check, state))
             save = Save(step, 0, started_s)
             save._conclude(SaveReport(step, skipped="rank 0 writes replicated state"), None)
             return save
-        with self._lock:
-            launched = self._launcher.launch(state, request, started_s=started_s, wait=self._when_full == "wait")
+        wait = self._when_full == "wait"
+        launched = self._in_turn(partial(self._launcher.launch, state, request, started_s=started_s, wait=wait))
         if launched is None:
             return self._full(step, started_s)
         launched._call_s = time.perf_counter() - started_s
@@ -195,9 +197,7 @@ class Saver:
     def wait_staged(self, timeout: float | None = None) -> None:
         """Wait until every snapshot is complete: afterwards the state may be changed in any way."""
         self._check_usable()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for save in self._ledger.in_flight:
-            save.wait_staged(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._ledger.wait_staged(timeout)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Do ahead what the first save would do: check and plan the state, start the service, make and touch the arenas.
@@ -206,11 +206,8 @@ class Saver:
         """
         self._check_usable()
         replicas.check(state, "save")
-        with self._lock:
-            if rank() != 0:
-                self._launcher.check(state)
-            else:
-                self._launcher.provide(state)
+        provide = self._launcher.provide if rank() == 0 else self._launcher.check
+        self._in_turn(partial(self._turns.prepare, partial(provide, state)))
 
     # -- restoring
 
@@ -223,6 +220,9 @@ class Saver:
         ones away.
         """
         self._check_usable()
+        return self._in_turn(partial(self._turns.restore, partial(self._restore, state, step, strict=strict)))
+
+    def _restore(self, state: Mapping[str, Any], step: StepChoice, *, strict: bool) -> Restored | None:
         found = restore_from(
             self._store, state, url=self.url, step=step, strict=strict, hooks=self._hooks, root=self._root
         )
@@ -277,11 +277,18 @@ class Saver:
         stored. `TimeoutError` after `timeout` seconds: the Saver is closed too, and the service finishes the saves.
         """
         self._check_process()
-        if self._closed:
+        if self._ended or self._turns.is_ending():
+            return
+        if self._turns.within():
+            self._turns.closed = self._turns.owed = True
+            self._ledger.wait(timeout)
             return
         end_s = math.inf if timeout is None else time.monotonic() + timeout
         try:
-            self.wait(timeout)
+            if self._turns.closed:  # within a call that is over now, or by a close() that was interrupted
+                self._ledger.wait(timeout)
+            else:
+                self.wait(timeout)
         except TimeoutError:
             self._leave(finish=False)
             raise
@@ -299,7 +306,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.getpid() != self._pid or self._closed:
+        if os.getpid() != self._pid or self._ended:
             return
         if kind is None:
             self.close()
@@ -323,8 +330,10 @@ class Saver:
 
     def _check_usable(self) -> None:
         self._check_process()
-        if self._closed:
-            raise errors.CheckpointError("this Saver is closed; make another one from its url")
+        self._turns.check()
+
+    def _in_turn(self, act: Callable[[], T]) -> T:
+        return self._turns.finish(act, end=self.close, leave=self._leave)
 
     def _full(self, step: int, started_s: float) -> Save:
         reason = f"all {self._launcher.pending} snapshot(s) are in flight"
@@ -343,10 +352,10 @@ class Saver:
 
     def _leave(self, *, finish: bool = True) -> None:
         """Hand over what is staged and go; the in-process engine must `finish` first, where this process may end."""
-        for save in self._ledger.in_flight:
+        for save in self._ledger.underway():
             save._staged.wait()
         if self._engine_name == "inline":
-            for save in self._ledger.in_flight if finish else ():
+            for save in self._ledger.underway() if finish else ():
                 save._ended.wait()
         elif in_flight := self._ledger.in_flight:
             steps = ", ".join(str(save.step) for save in in_flight)
@@ -357,11 +366,13 @@ class Saver:
             self._ledger.forget(save, errors.CheckpointError(reason, step=save.step))
 
     def _shut(self, *, wait_s: float) -> None:
-        self._closed = True
-        _savers.discard(self)
-        self._finalizer.detach()
-        self._launcher.close(wait_s=wait_s)
-        self._backing.close()
+        with self._turns.ending:
+            self._turns.closed = True
+            self._launcher.close(wait_s=wait_s)
+            self._backing.close()
+            self._ended = True
+            _savers.discard(self)
+            self._finalizer.detach()
 
 
 def _forked() -> None:
@@ -372,7 +383,7 @@ def _forked() -> None:
 
 def _drain_at_exit() -> None:
     for saver in list(_savers):
-        if saver._pid == os.getpid() and not saver._closed and saver._launcher.used:
+        if saver._pid == os.getpid() and not saver._ended and saver._launcher.used:
             saver._leave()
     dropped.hand_over_dropped()
 

@@ -7,6 +7,7 @@ it. Pages are touched ahead: a first touch inside a save costs 0.6 to 1.8 s a GB
 import contextlib
 import ctypes
 import errno
+import io
 import mmap
 import os
 import queue
@@ -32,10 +33,11 @@ class Arena:
     Behind its `bytes` stands a counter, an int64 of the machine's byte order: how many shards a copy that is under way has filled.
     """
 
-    def __init__(self, number: int, size_bytes: int, fd: int | None) -> None:
+    def __init__(self, number: int, size_bytes: int, file: io.FileIO | None) -> None:
         self.number = number
         self.bytes = size_bytes
-        self.fd = fd
+        self.fd = fd = None if file is None else file.fileno()
+        self._file = file
         self.counter_offset = _counter_offset(size_bytes)
         mapped_bytes = self.counter_offset + _COUNTER_BYTES
         self.buffer = mmap.mmap(-1, mapped_bytes)
@@ -51,16 +53,14 @@ class Arena:
     @classmethod
     def create(cls, number: int, size_bytes: int, *, shared: bool = True) -> "Arena":
         """A new arena. The map is not inherited by forks: a forked DataLoader worker must not keep it alive."""
-        fd = None
-        if shared:
-            fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
+        file = _memory_file("asyncckpt-arena") if shared else None
         try:
-            if fd is not None:
-                os.ftruncate(fd, _counter_offset(size_bytes) + _COUNTER_BYTES)
-            arena = cls(number, size_bytes, fd)
+            if file is not None:
+                os.ftruncate(file.fileno(), _counter_offset(size_bytes) + _COUNTER_BYTES)
+            arena = cls(number, size_bytes, file)
         except BaseException:
-            if fd is not None:
-                os.close(fd)
+            if file is not None:
+                file.close()
             raise
         with contextlib.suppress(OSError):
             arena.buffer.madvise(mmap.MADV_DONTFORK)
@@ -83,21 +83,29 @@ class Arena:
     def leave_in_child(self) -> None:
         """In a forked child: the map is not there, and unmapping its addresses would free somebody else's memory."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        self._let_go()
 
     def close(self) -> None:
-        """Unmap and free. Where a view still lives, as in the traceback of a request that was tried again, the map goes with it."""
-        if self._closed:
-            return
+        """Unmap and free; again it does what an interrupt left. A view that still lives, as in a traceback, takes the map with it."""
         self._closed = True
         with self._touched:
-            if self.fd is not None:
-                os.close(self.fd)
-                self.fd = None
+            self._let_go()
             with contextlib.suppress(BufferError):
                 self.buffer.close()
+
+    def _let_go(self) -> None:
+        self.fd = None
+        if self._file is not None:
+            self._file.close()
+
+
+def _memory_file(name: str) -> io.FileIO:
+    """A new one, which has an owner from the first moment on.
+
+    Ctrl-C may come between two calls of Python, and would leave a bare descriptor open for ever; it cannot come within this one.
+    """
+    (file,) = map(io.FileIO, map(os.memfd_create, (name,), (os.MFD_CLOEXEC,)), ("r+",))
+    return file
 
 
 def why_none(size_bytes: int, error: Exception) -> str:
@@ -128,73 +136,102 @@ def _map_over(address: int, size_bytes: int, fd: int) -> None:
 
 
 class ArenaPool:
-    """At most `count` arenas, reused; each is free or in flight."""
+    """At most `count` arenas, reused; each is free or in flight.
+
+    Holds no lock: the answer to a save gives its arena back on another thread, and a signal handler that waits for that answer may have
+    come in the middle of a call. One thread at a time takes; whoever takes in a handler takes an `extra` one.
+    """
 
     def __init__(self, count: int, *, shared: bool) -> None:
         self._count = count
         self._shared = shared
-        self._free: list[Arena] = []
-        self._in_flight: dict[int, Arena] = {}
+        self._arenas: dict[int, Arena] = {}
+        self._in_flight: set[int] = (
+            set()
+        )  # their numbers; an arena that is in here while it is made has its place already
+        self._extra: dict[int, Arena] = {}
         self._next = 0
-        # no Condition: Ctrl-C inside its `__enter__` or `wait`, which are Python code, would leave it locked, or unlocked too often
-        self._lock = threading.Lock()
         self._returned: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def has_free(self) -> bool:
+        """Whether `take` would succeed."""
+        return len(self._in_flight) < self._count
 
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until `take` would succeed, or for `timeout` seconds; whether it would."""
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with self._lock:
-                if len(self._in_flight) < self._count:
-                    return True
+        woken = False
+        while not self.has_free():
             left_s = None if deadline_s is None else deadline_s - time.monotonic()
             try:
                 self._returned.get(timeout=left_s if left_s is None else max(0.0, left_s))
             except queue.Empty:
                 return False
+            woken = True
+        if woken:
+            self._returned.put(None)  # somebody else may wait for the same
+        return True
 
     def take(self, size_bytes: int, *, make_bytes: int = 0) -> tuple[Arena, list[Arena]] | None:
         """An arena of at least `size_bytes`, and the arenas it replaces (the caller closes them); None if all are in flight.
 
         A new one gets `make_bytes`, if that is more, so that it serves a little more later.
         """
-        with self._lock:
-            if len(self._in_flight) >= self._count:
-                return None
-            fitting = [arena for arena in self._free if arena.bytes >= size_bytes]
-            replaced: list[Arena] = []
-            if fitting:
-                arena = min(fitting, key=lambda arena: arena.bytes)
-                self._free.remove(arena)
-            else:
-                arena = Arena.create(self._next, max(size_bytes, make_bytes), shared=self._shared)
-                self._next += 1
-                if len(self._free) + len(self._in_flight) >= self._count:
-                    replaced = [self._free.pop()]
-            self._in_flight[arena.number] = arena
-            return arena, replaced
+        if not self.has_free():
+            return None
+        free = [arena for arena in list(self._arenas.values()) if arena.number not in self._in_flight]
+        fitting = [arena for arena in free if arena.bytes >= size_bytes]
+        if fitting:
+            arena = min(fitting, key=lambda arena: arena.bytes)
+            self._in_flight.add(arena.number)
+            return arena, []
+        number = self._number()
+        self._in_flight.add(number)
+        try:
+            self._arenas[number] = Arena.create(number, max(size_bytes, make_bytes), shared=self._shared)
+        except BaseException:
+            self._in_flight.discard(number)
+            raise
+        replaced = [self._arenas.pop(free[-1].number)] if len(self._arenas) > self._count else []
+        return self._arenas[number], replaced
+
+    def one_more(self, size_bytes: int) -> Arena:
+        """An arena beside all others, for a save within a save; `close_extra` ends it."""
+        number = self._number()
+        arena = self._extra[number] = Arena.create(number, size_bytes, shared=self._shared)
+        return arena
+
+    def is_extra(self, arena: Arena) -> bool:
+        """Whether it is one of those."""
+        return arena.number in self._extra
+
+    def close_extra(self, arena: Arena) -> None:
+        """Its save has ended."""
+        arena.close()
+        self._extra.pop(arena.number, None)
 
     def give_back(self, arena: Arena) -> None:
         """The arena may be written again."""
-        with self._lock:
-            if self._in_flight.pop(arena.number, None) is not None:
-                self._free.append(arena)
-                if self._returned.qsize() < self._count:  # nobody waits: they would heap up
-                    self._returned.put(None)
+        if arena.number in self._in_flight:
+            self._in_flight.discard(arena.number)
+            if self._returned.qsize() < self._count:  # nobody waits: they would heap up
+                self._returned.put(None)
 
     def keep_only(self, arenas: Collection[Arena]) -> None:
         """Give back what is in flight and none of these: an interrupt may come between the taking and the use."""
-        with self._lock:
-            lost = [arena for arena in self._in_flight.values() if arena not in arenas]
-        for arena in lost:
-            self.give_back(arena)
+        for arena in list(self._arenas.values()):
+            if arena not in arenas:
+                self.give_back(arena)
 
     @property
     def in_flight(self) -> int:
         """How many arenas hold a snapshot that is not stored yet."""
-        with self._lock:
-            return len(self._in_flight)
+        return len(self._in_flight) + len(self._extra)
 
     def all(self) -> list[Arena]:
         """Every arena made and not released, free or in flight."""
-        return [*self._free, *self._in_flight.values()]
+        return [*self._arenas.values(), *self._extra.values()]
+
+    def _number(self) -> int:
+        number, self._next = self._next, self._next + 1
+        return number

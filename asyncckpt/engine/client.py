@@ -14,23 +14,28 @@ from typing import Any
 
 from asyncckpt import errors, events
 from asyncckpt.engine.arena import Arena
-from asyncckpt.engine.crew import start
 from asyncckpt.engine.job import CommitOutcome, SaveJob
 from asyncckpt.engine.spawn import SIGNS, EngineOptions, ServiceProcess, say_once
 from asyncckpt.engine.submitted import Listener, Submitted, parting_s
 from asyncckpt.engine.upkeep import events_of
 from asyncckpt.engine.wire import memory_file
 from asyncckpt.format.plan import Plan
+from asyncckpt.latch import Latch
 from asyncckpt.options import RetryPolicy
 from asyncckpt.store.away import meet
 from asyncckpt.store.opening import address_of
+from asyncckpt.telling import say
 
 _MAX_DEATHS = 3
 _LOG = logging.getLogger("asyncckpt")
 
 
 class ServiceEngine:
-    """Saves through a service process. All methods are thread-safe."""
+    """Saves through a service process. All methods are thread-safe.
+
+    The lock belongs to the threads of the engine and to the copy thread. A thread that signal handlers interrupt takes it only to `close`:
+    the listener would wait for it until the handler returns, and the handler for the listener. Such a thread uses `call`.
+    """
 
     def __init__(self, options: EngineOptions, listener: Listener, next_attempt: Callable[[], str]) -> None:
         self._options = options
@@ -41,21 +46,25 @@ class ServiceEngine:
         self._told_structures: set[int] = set()
         self._told_arenas: set[int] = set()
         self._unsent: set[int] = set()  # announcements that nobody has sent yet
-        self._announcements: queue.SimpleQueue[tuple[SaveJob, Plan, Arena] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deaths = 0
         self._closing = False
         self._parted = False
         self._broken: str | None = None
-        self._rested = threading.Event()  # nothing that was sent is under way any more, nor what follows the answers
+        self._rested = Latch()  # nothing that was sent is under way any more, nor what follows the answers
         self._rested.set()
         self._store_fails = False  # a request was tried again since the last answer
         self._heard_s = time.monotonic()
-        self._service = ServiceProcess(options)
-        self._thread = threading.Thread(target=self._listen, name="asyncckpt-listener", daemon=True)
-        self._announcer = threading.Thread(target=self._announce_all, name="asyncckpt-announcer", daemon=True)
-        if start((self._thread, self._announcer)) < 2:
-            self._give_up()
-            raise RuntimeError("can't start new thread")  # as Python says it
+        self._service: ServiceProcess  # from `start` on
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Before anything else. `close` must follow, whatever is raised."""
+        self._service = ServiceProcess(self._options)
+        for run, name in ((self._listen, "asyncckpt-listener"), (self._obey, "asyncckpt-announcer")):
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     @property
     def pid(self) -> int:
@@ -73,7 +82,20 @@ class ServiceEngine:
         Never waits, and is not sure to happen. `submit` or `withdraw` must follow; the save has its answer only then.
         """
         self._unsent.add(job.number)
-        self._announcements.put((job, plan, arena))
+        self._orders.put(lambda: self._announce(job, plan, arena))
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Have it done on a thread where no signal handler comes, ahead of all that is asked for later; returns when it is done."""
+        done = Latch()
+
+        def acted() -> None:
+            try:
+                act()
+            finally:
+                done.set()
+
+        self._orders.put(acted)
+        done.wait()
 
     def submit(self, job: SaveJob, plan: Plan, arena: Arena, state: bytes) -> None:
         """Hand one staged save over. It goes on if this process is killed."""
@@ -97,10 +119,6 @@ class ServiceEngine:
             self._submitted.pop(number, None)
         self._listener.ended(number, None, error)
 
-    def holds(self, number: int) -> bool:
-        """Whether this save was handed over and has no answer yet."""
-        return number in self._submitted
-
     def forget_arena(self, arena: Arena) -> None:
         """The arena will be unmapped."""
         self._forget("arena", arena.number, self._told_arenas)
@@ -114,8 +132,10 @@ class ServiceEngine:
 
         What follows their answers (a removal, retention) is waited for as `parting_s` says, and `wait_s` at most: the service does it alone.
         """
-        self._announcements.put(None)
-        self._announcer.join()
+        self._orders.put(None)
+        _join(self._threads[1:])  # the announcer, which does all that it was asked for
+        if not hasattr(self, "_service"):
+            return  # an interrupt came before it was started
         with self._lock:
             self._closing = True
             self._heard_s = time.monotonic()
@@ -125,20 +145,13 @@ class ServiceEngine:
             self._rested.wait(max(0.0, end_s - time.monotonic()))
         with self._lock:
             self._service.hang_up()
-        self._thread.join()
+        _join(self._threads[:1])
         self._service.part(max(0.0, end_s - time.monotonic()))
-
-    def _give_up(self) -> None:
-        """End a service that nobody would listen to."""
-        self._closing = True
-        self._service.hang_up()
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._service.part(self._options.silent_s)
 
     def close_in_child(self) -> None:
         """In a forked child: let go of the descriptors, no more."""
-        self._service.leave_in_child()
+        if hasattr(self, "_service"):
+            self._service.leave_in_child()
 
     # -- sending
 
@@ -156,9 +169,6 @@ class ServiceEngine:
                 del self._submitted[save.job.number]
                 raise
             self._withdraw(save, errors.CheckpointError(f"the save could not be handed over: {error!r}"))
-        except BaseException:
-            self._service.kill()  # Ctrl-C may have cut a message; the listener starts another and submits again
-            raise
 
     def _withdraw(self, save: Submitted, error: BaseException) -> None:
         save.withdrawn = error
@@ -167,7 +177,7 @@ class ServiceEngine:
 
     def _send(self, save: Submitted) -> None:
         job, service = save.job, self._service
-        self._rested.clear()
+        self._rested = Latch()
         if job.structure not in self._told_structures:
             data = json.dumps(save.structure.to_json()).encode()
             fd = memory_file("asyncckpt-structure", data)
@@ -185,29 +195,38 @@ class ServiceEngine:
             service.send_fd({"op": "staged", "save": job.number} if save.told else message, fd)
         save.told = True
 
-    def _announce_all(self) -> None:
+    def _obey(self) -> None:
         """On a thread of its own: beside a busy main thread the copy thread would wait for the GIL after each system call."""
-        for job, plan, arena in iter(self._announcements.get, None):
-            save = Submitted(job, len(plan.shards), plan.structure, arena)
-            with self._lock:
-                if job.number not in self._unsent or self._broken is not None:
-                    continue  # its snapshot is complete already, or nobody would store it
-                self._unsent.discard(job.number)
-                self._submitted[job.number] = save
-                try:
-                    self._send(save)
-                except ConnectionError:
-                    _LOG.debug("the service is gone; the listener starts another and announces again")
-                except OSError as error:  # no descriptor is free: `submit` tries again, and says so
-                    _LOG.debug("a snapshot could not be announced: %s", error)
-                    del self._submitted[job.number]
+        for act in iter(self._orders.get, None):
+            try:
+                act()
+            except Exception:  # noqa: BLE001 - the next order must be obeyed
+                _LOG.exception("an order to the checkpoint service failed")
+
+    def _announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
+        save = Submitted(job, len(plan.shards), plan.structure, arena)
+        with self._lock:
+            if job.number not in self._unsent or self._broken is not None:
+                return  # its snapshot is complete already, or nobody would store it
+            self._unsent.discard(job.number)
+            self._submitted[job.number] = save
+            try:
+                self._send(save)
+            except ConnectionError:
+                _LOG.debug("the service is gone; the listener starts another and announces again")
+            except OSError as error:  # no descriptor is free: `submit` tries again, and says so
+                _LOG.debug("a snapshot could not be announced: %s", error)
+                del self._submitted[job.number]
 
     def _forget(self, kind: str, number: int, told: set[int]) -> None:
-        with self._lock:
-            if number in told:
-                told.discard(number)
-                with contextlib.suppress(ConnectionError):
-                    self._service.channel.send({"op": f"forget_{kind}", kind: number})
+        def forget() -> None:
+            with self._lock:
+                if number in told:
+                    told.discard(number)
+                    with contextlib.suppress(ConnectionError):
+                        self._service.channel.send({"op": f"forget_{kind}", kind: number})
+
+        self._orders.put(forget)
 
     # -- listening
 
@@ -317,7 +336,8 @@ class ServiceEngine:
             return False
         for number in withdrawn:
             self._answered(number, None, None)  # the new service does not know them
-        _LOG.warning("the checkpoint service died (%s); another was started, %d save(s) submitted again", reason, count)
+        what = "the checkpoint service died (%s); another was started, %d save(s) submitted again"
+        say(logging.WARNING, what, reason, count)
         self._listener.event(events.ServiceRestarted(count))
         return True
 
@@ -341,3 +361,9 @@ class ServiceEngine:
             failed = list(self._submitted)
         for number in failed:
             self._answered(number, None, errors.WorkerDiedError(self._broken or "the checkpoint service is lost"))
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        with contextlib.suppress(RuntimeError):  # an interrupt came before it was started
+            thread.join()

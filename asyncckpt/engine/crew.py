@@ -1,5 +1,6 @@
 """Threads of the calling process that share a list of items: each takes the next until none is left or one failed."""
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -79,3 +80,8 @@ def start(threads: Sequence[threading.Thread]) -> int:
         except RuntimeError:
             return number
     return len(threads)
+
+
+def lacks_room(error: Exception) -> bool:
+    """Whether the system has no thread or process left for us: Python raises a RuntimeError where no thread starts."""
+    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.EAGAIN)

@@ -4,6 +4,7 @@ For stores that live in this process, and where memory files do not exist. Slowe
 keeps the GIL from the encoder, and it ends with the process.
 """
 
+import contextlib
 import logging
 import math
 import queue
@@ -22,6 +23,7 @@ from asyncckpt.engine.schedule import Ended, Schedule, Task
 from asyncckpt.engine.submitted import Listener, parting_s
 from asyncckpt.engine.tasks import TaskRunner
 from asyncckpt.format.plan import Plan
+from asyncckpt.latch import Latch
 from asyncckpt.options import KeepRule, RetryPolicy
 from asyncckpt.store.base import Store
 from asyncckpt.store.errand import Errand
@@ -52,6 +54,7 @@ class InlineEngine:
         closes_store: bool = False,
     ) -> None:
         self._store = store
+        self._keep = keep
         self._closes_store = closes_store
         self._store_fails = False  # a request was tried again since the last answer
         self._listener = listener
@@ -59,12 +62,24 @@ class InlineEngine:
         self._retry = retry or RetryPolicy()
         self._schedule = self._new_schedule()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pipeline: Pipeline  # of the thread
+        self._runner: TaskRunner
+        self._begun = Latch()
+        self._failure: BaseException | None = None
         self._staged: dict[int, _Staged] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-engine", daemon=True)
-        self._thread.start()  # first: without the pipeline's threads it is slower, without this one it is nothing
-        self._pipeline = Pipeline(store)
-        self._runner = TaskRunner(store, keep, self._pipeline, self._reply, self._errand)
+
+    def start(self) -> None:
+        """Before anything else. `close` must follow, whatever is raised."""
+        self._thread.start()
+        self._begun.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Do it on the engine's thread, where no signal handler comes, ahead of all that is asked for later."""
+        self._inbox.put(act)
 
     def announce(self, job: SaveJob, plan: Plan, arena: Arena) -> None:
         """Nothing is done ahead: threads of the trainer's own would only slow the copy down."""
@@ -77,10 +92,6 @@ class InlineEngine:
         """Hand one staged save over."""
         self._staged[job.number] = _Staged(arena, state)
         self._inbox.put(lambda: self._take(job, plan))
-
-    def holds(self, number: int) -> bool:
-        """Whether this save was handed over and has no answer yet."""
-        return number in self._staged
 
     def forget_arena(self, arena: Arena) -> None:
         """Nothing is held here."""
@@ -96,7 +107,8 @@ class InlineEngine:
         the process lives; so do the saves themselves.
         """
         self._inbox.put(None)
-        self._thread.join(max(0.0, min(wait_s, parting_s(self._retry, store_fails=self._store_fails))))
+        with contextlib.suppress(RuntimeError):  # an interrupt came before it was started
+            self._thread.join(max(0.0, min(wait_s, parting_s(self._retry, store_fails=self._store_fails))))
 
     def close_in_child(self) -> None:
         """Nothing to let go of: threads do not cross a fork."""
@@ -111,6 +123,14 @@ class InlineEngine:
         self._schedule.submit(job, len(plan.shards))
 
     def _run(self) -> None:
+        try:  # here, where no interrupt comes between the starts of its threads
+            self._pipeline = Pipeline(self._store)
+            self._runner = TaskRunner(self._store, self._keep, self._pipeline, self._reply, self._errand)
+        except BaseException as error:  # noqa: BLE001 - who starts us is told
+            self._failure = error
+            return
+        finally:
+            self._begun.set()
         while not (self._closing and self._schedule.idle):
             try:
                 message = self._inbox.get(timeout=None if self._schedule.idle else _LOOK_S)

@@ -25,49 +25,49 @@ _in_flight: set[Guarded] = set()
 
 
 class StepGate:
-    """`enter` and `leave` say what is in flight; the hook exists between the first `open` and the last `close`."""
+    """`enter` and `leave` say what is in flight; the hook exists between the first `open` and the last `close`.
+
+    What a copy thread or a step calls takes no lock: a signal handler that came in the middle would keep it from all others.
+    """
 
     def __init__(self) -> None:
         self.forks = 0
         """How many forks lie between this process and the one that imported this module."""
-        self._users = 0
+        self._users: set[object] = set()
         self._handle: Any = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may close while this thread opens
 
-    def open(self) -> None:
-        """Install the hook, or count one more user of it."""
+    def open(self, user: object) -> None:
+        """Install the hook, if this is its first user."""
         with self._lock:
-            self._users += 1
+            self._users.add(user)
             if self._handle is None:
                 self._handle = register_optimizer_step_pre_hook(_before_step)
 
-    def close(self) -> None:
+    def close(self, user: object) -> None:
         """Mirror of `open`."""
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
+            self._users.discard(user)
+            if not self._users and self._handle is not None:
                 self._handle.remove()
                 self._handle = None
 
     def enter(self, copy: Guarded) -> None:
         """From now on steps wait for this copy."""
-        with self._lock:
-            _in_flight.add(copy)
+        _in_flight.add(copy)
 
     def leave(self, copy: Guarded) -> None:
         """Steps need not wait for this copy any more."""
-        with self._lock:
-            _in_flight.discard(copy)
+        _in_flight.discard(copy)
 
     def in_flight(self) -> tuple[Guarded, ...]:
         """The copies that steps wait for."""
-        with self._lock:
-            return tuple(_in_flight)
+        return tuple(_in_flight)
 
     def forked(self) -> None:
         """In a forked child no thread copies: nothing is in flight, and locks held by others are gone."""
         self.forks += 1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for copy in tuple(_in_flight):
             copy.abandon()
         _in_flight.clear()

@@ -10,6 +10,7 @@ import torch
 
 from asyncckpt.engine.arena import Arena
 from asyncckpt.errors import SnapshotError, TornSnapshotError
+from asyncckpt.latch import Latch
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
 from asyncckpt.state.parts import Work
@@ -31,9 +32,8 @@ class Copy:
         self._work: Work | None = work  # holds the sources; gone when done
         self._clock = clock
         self._started_s = started_s
-        self._lock = threading.Lock()
-        self._enqueued = threading.Event()  # with CUDA: what steps wait for is known
-        self._done = threading.Event()
+        self._enqueued = Latch()  # with CUDA: what steps wait for is known
+        self._done = Latch()
         self._thread: int | None = None
 
     def done(self) -> bool:
@@ -58,12 +58,11 @@ class Copy:
             self._check(work)
             for lane, event in work.events:
                 lane.hold(event)
-        with self._lock:
-            self.hook_wait_s += self._clock() - began_s
+        waited_s = self._clock() - began_s
+        self.hook_wait_s += waited_s
 
     def abandon(self) -> None:
-        """In a forked child: the thread that copies is the parent's, and a lock may be held by it for ever."""
-        self._lock, self._done, self._enqueued = threading.Lock(), threading.Event(), threading.Event()
+        """In a forked child: the thread that copies is the parent's."""
         self.error = SnapshotError("the process was forked while the snapshot was copied; the parent completes it")
         self._finish()
 
@@ -134,20 +133,26 @@ class Copy:
         self._done.set()
 
     def _check(self, work: Work, arena: Arena | None = None) -> None:
-        """Hold the witnesses against the sources: once, because after that an optimizer may write."""
-        with self._lock:
-            witnesses, work.witnesses = work.witnesses, None
-            if witnesses is None or self.error is not None:
-                return
-            found = witnesses.difference(None if arena is None else arena.buffer)
-            if found is not None:
-                member, what = found
-                self.error = TornSnapshotError(
-                    f"this tensor {what} while the snapshot copied it, so the copy may be of two moments; nothing of this save "
-                    "is stored. Write parameters and optimizer state in Optimizer.step() only, on the thread that saves, and "
-                    "call wait_staged() before any other write (with overlap=False the copy is complete when save() returns)",
-                    key=work.path(work.parts.watched.members[member]),
-                )
+        """Hold the witnesses against the sources: before an optimizer writes, and not again afterwards.
+
+        The copy thread and a step may do so at the same time. Whoever is ready first has the answer, and the other one's is dropped: by then
+        the optimizer may have written. Neither waits for the other, since a signal handler may have come in the middle of the step's.
+        """
+        witnesses = work.witnesses
+        if witnesses is None or self.error is not None:
+            return
+        found = witnesses.difference(None if arena is None else arena.buffer)
+        if work.witnesses is None:
+            return
+        if found is not None:
+            member, what = found
+            self.error = TornSnapshotError(
+                f"this tensor {what} while the snapshot copied it, so the copy may be of two moments; nothing of this save "
+                "is stored. Write parameters and optimizer state in Optimizer.step() only, on the thread that saves, and "
+                "call wait_staged() before any other write (with overlap=False the copy is complete when save() returns)",
+                key=work.path(work.parts.watched.members[member]),
+            )
+        work.witnesses = None
 
 
 Then = Callable[[Copy], None]

@@ -248,8 +248,8 @@ class Views:
         known = self._known.get(arena.address)
         offsets = plan.tensor_offsets
         if known is None or known[0] is not arena or known[1] is not offsets:
+            self._counters[arena.address] = _counter(arena)  # first: an interrupt may come between the two
             known = self._known[arena.address] = (arena, offsets, _views(arena, plan))
-            self._counters[arena.address] = _counter(arena)
         return known[2]
 
     def counter(self, arena: Arena) -> torch.Tensor:

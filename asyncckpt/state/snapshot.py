@@ -5,6 +5,7 @@ by one, each would wait for the GIL again beside a busy main thread (1.7 s inste
 copy runs on a thread of its own; optimizer steps wait for it (`hook`), and `witness` tells who wrote nevertheless.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 
 from asyncckpt.engine.arena import Arena
 from asyncckpt.errors import ForkedSaverError, SnapshotError, UnsupportedTensorError
+from asyncckpt.latch import Latch
 from asyncckpt.state import cuda
 from asyncckpt.state.hook import gate
 from asyncckpt.state.in_flight import Copy, Then, failure
@@ -183,12 +185,21 @@ class Copier:
         if self._stop is None:
             find_thread_pools()
             thread = threading.Thread(target=_serve, args=(self._jobs,), name="asyncckpt-copy", daemon=True)
+            stop = weakref.finalize(self, _finish, self._jobs, thread)  # also when collected, and at exit
             try:
+                gate.open(thread)
                 thread.start()
-            except RuntimeError:
-                return False
-            gate.open()
-            self._stop = weakref.finalize(self, _finish, self._jobs, thread)  # also when collected, and at exit
+            except BaseException as error:
+                self._jobs = (
+                    queue.SimpleQueue()
+                )  # an interrupt may have come when the thread ran already, and then it ends
+                stop()
+                if (
+                    isinstance(error, RuntimeError) and error.__context__ is None
+                ):  # no interrupt in the middle of start()
+                    return False
+                raise
+            self._stop = stop
         return True
 
 
@@ -196,7 +207,7 @@ class _Barrier:
     """Takes its turn on the copy thread: all that was given to the thread before is done."""
 
     def __init__(self) -> None:
-        self.reached = threading.Event()
+        self.reached = Latch()
 
     def run(self, _: Then) -> None:
         self.reached.set()
@@ -213,7 +224,10 @@ def _serve(jobs: "queue.SimpleQueue[_Job | None]") -> None:
 
 
 def _finish(jobs: "queue.SimpleQueue[_Job | None]", thread: threading.Thread) -> None:
-    jobs.put(None)
-    if thread is not threading.current_thread():
-        thread.join(_JOIN_S)
-    gate.close()
+    try:
+        jobs.put(None)
+        if thread is not threading.current_thread():
+            with contextlib.suppress(RuntimeError):  # it was never started
+                thread.join(_JOIN_S)
+    finally:
+        gate.close(thread)

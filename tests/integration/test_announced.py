@@ -40,6 +40,7 @@ class Rig:
         self.attempts = iter(range(100, 200))
         options = EngineOptions(str(url), None, workers=1)
         self.engine = ServiceEngine(options, self, lambda: f"bbbbbbbb-{next(self.attempts):06d}")
+        self.engine.start()
 
     def ended(self, number, outcome, error):
         self.answers.put((number, outcome, error))

@@ -321,14 +321,14 @@ def test_an_interrupt_while_a_save_is_handed_over_costs_nothing(tmp_path, monkey
     with Saver(tmp_path) as saver:
         saver.save(1, numbered(1)).result(PATIENCE_S)
         engine = saver._launcher._engine
-        send = engine._send
+        call = engine.call
 
-        def interrupted(save):
-            send(save)
+        def interrupted(act):
+            call(act)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine, "_send", interrupted)
+            patched.setattr(engine, "call", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 saver.save(2, numbered(2))
         saver.save(3, numbered(3))

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import from itself and from the rooms in the rows above it.
 ROOMS = [
-    {"errors", "options", "events", "collector", "telling"},
+    {"errors", "options", "events", "collector", "latch", "telling"},
     {"format"},
     {"store"},
     {"checkpoints"},
@@ -26,6 +26,7 @@ ROOMS = [
             "save",
             "saver",
             "launch",
+            "news",
             "lineage",
             "planner",
             "request",
@@ -35,6 +36,7 @@ ROOMS = [
             "progress",
             "staging",
         ),
+        *("flight", "turns"),
         *("backing", "dropped"),
     },
     {"distributed", "integrations", "cli"},

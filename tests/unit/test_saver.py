@@ -13,6 +13,8 @@ import torch
 
 import asyncckpt
 from asyncckpt import Best, KeepEvery, KeepLast, Run, Saver, errors, events
+from asyncckpt.engine.client import ServiceEngine
+from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.store.memory import MemoryStore
 from tests.faulty import FaultyStore
 from tests.processes import PATIENCE_S, descriptors, eventually
@@ -544,7 +546,8 @@ def test_an_arena_that_memory_cannot_hold_raises_and_the_next_save_works(url, mo
 def test_an_engine_that_cannot_start_raises_and_the_next_save_works(url, monkeypatch):
     with Saver(url) as saver:
         with monkeypatch.context() as patched:
-            patched.setattr(saver._launcher, "_start_engine", lambda *_: (_ for _ in ()).throw(OSError("no process")))
+            for engine in (InlineEngine, ServiceEngine):
+                patched.setattr(engine, "start", lambda _: (_ for _ in ()).throw(OSError("no process")))
             with pytest.raises(errors.CheckpointError, match="no process"):
                 saver.save(1, numbered(1))
         saver.save(2, numbered(2)).result(PATIENCE_S)

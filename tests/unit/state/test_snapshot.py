@@ -128,6 +128,7 @@ def test_the_arenas_counter_says_how_many_shards_are_filled(copier: Copier) -> N
     model, optimizer = trained()
     rig = Rig({"model": model, "optimizer": optimizer}, copier)
     rig.plan = plan(rig.flat.structure, codec="none", shard_bytes=600)
+    rig.arena.close()
     rig.arena = Arena.create(1, rig.plan.arena_bytes)
     assert len(rig.plan.shards) == 3
     assert rig.arena.fd is not None

@@ -66,13 +66,13 @@ class Deviced:
         self.work = Work(parts, self.rig.flat.tensors, targets, self.rig.arena, [lane], self.rig.flat.structure.path)  # type: ignore[list-item]
         self.work.watch(Sight.of(self.rig.flat.tensors), np.random.default_rng())
         self.copy = Copy(self.work, copier._clock, copier._clock())
-        gate.open()
+        gate.open(self)
         gate.enter(self.copy)
         self.thread = in_thread(lambda: self.copy.run(self.rig.then.append) if start else None)
 
     def close(self) -> None:
         self.thread.join(PATIENCE_S)
-        gate.close()
+        gate.close(self)
         self.rig.close()
 
 
