@@ -11,7 +11,6 @@ from asyncckpt.events import StoreAway, StoreBack
 from asyncckpt.options import RetryPolicy
 
 AWAY_S, AGAIN_S = 10.0, 60.0
-_LINGER_S = 5.0  # of the watching thread, when nothing is asked
 _ASK_LATER = (408, 425, 429)
 _LOG = logging.getLogger("asyncckpt")
 
@@ -136,6 +135,8 @@ class Contact:
         """It has its answer, or was given up."""
         with self._changed:
             del self._pending[ticket]
+            if not self._pending:
+                self._changed.notify_all()  # the thread that watches ends, unless more is asked at once
 
     def moves(self) -> None:
         """Bytes moved."""
@@ -207,8 +208,8 @@ class Contact:
         while True:
             wait_s = self.look()
             with self._changed:
-                if not self._closed:
-                    self._changed.wait(wait_s if self._pending else _LINGER_S)
+                if self._pending and not self._closed:
+                    self._changed.wait(wait_s)
                 if self._closed or not self._pending:
                     self._thread = None
                     return
