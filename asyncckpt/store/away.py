@@ -111,7 +111,8 @@ class Contact:
         self._away = False
         self._told_s = 0.0
         self._closed = False
-        self._thread: threading.Thread | None = None
+        self._is_watched = False
+        self._thread: threading.Thread | None = None  # the last one that watched; it may be about to end
 
     @property
     def is_met(self) -> bool:
@@ -127,7 +128,7 @@ class Contact:
                 self._error = self._error if self._away else ""
             self._next += 1
             self._pending[self._next] = self._moved_s = now_s
-            if self._thread is None and self._watches and not self._closed:
+            if self._watches and not self._is_watched and not self._closed:
                 self._watch()
             return self._next
 
@@ -198,11 +199,12 @@ class Contact:
             self._tell_met()
 
     def _watch(self) -> None:
-        self._thread = threading.Thread(target=self._look_on, name="asyncckpt-contact", daemon=True)
+        thread = threading.Thread(target=self._look_on, name="asyncckpt-contact", daemon=True)
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError:  # the limit of threads: whoever is refused looks
-            self._thread = None
+            return
+        self._thread, self._is_watched = thread, True
 
     def _look_on(self) -> None:
         while True:
@@ -211,5 +213,5 @@ class Contact:
                 if self._pending and not self._closed:
                     self._changed.wait(wait_s)
                 if self._closed or not self._pending:
-                    self._thread = None
+                    self._is_watched = False
                     return
