@@ -199,6 +199,8 @@ class Contact:
             self._tell_met()
 
     def _watch(self) -> None:
+        if self._thread is not None:
+            self._thread.join()  # it has left the lock, and only has to end
         thread = threading.Thread(target=self._look_on, name="asyncckpt-contact", daemon=True)
         try:
             thread.start()
