@@ -11,7 +11,6 @@ from asyncckpt.events import StoreAway, StoreBack
 from asyncckpt.options import RetryPolicy
 
 AWAY_S, AGAIN_S = 10.0, 60.0
-_LINGER_S = 5.0  # of the watching thread, when nothing is asked
 _ASK_LATER = (408, 425, 429)
 _LOG = logging.getLogger("asyncckpt")
 
@@ -112,7 +111,8 @@ class Contact:
         self._away = False
         self._told_s = 0.0
         self._closed = False
-        self._thread: threading.Thread | None = None
+        self._is_watched = False
+        self._thread: threading.Thread | None = None  # the last one that watched; it may be about to end
 
     @property
     def is_met(self) -> bool:
@@ -128,7 +128,7 @@ class Contact:
                 self._error = self._error if self._away else ""
             self._next += 1
             self._pending[self._next] = self._moved_s = now_s
-            if self._thread is None and self._watches and not self._closed:
+            if self._watches and not self._is_watched and not self._closed:
                 self._watch()
             return self._next
 
@@ -136,6 +136,8 @@ class Contact:
         """It has its answer, or was given up."""
         with self._changed:
             del self._pending[ticket]
+            if not self._pending:
+                self._changed.notify_all()  # the thread that watches ends, unless more is asked at once
 
     def moves(self) -> None:
         """Bytes moved."""
@@ -197,18 +199,21 @@ class Contact:
             self._tell_met()
 
     def _watch(self) -> None:
-        self._thread = threading.Thread(target=self._look_on, name="asyncckpt-contact", daemon=True)
+        if self._thread is not None:
+            self._thread.join()  # it has left the lock, and only has to end
+        thread = threading.Thread(target=self._look_on, name="asyncckpt-contact", daemon=True)
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError:  # the limit of threads: whoever is refused looks
-            self._thread = None
+            return
+        self._thread, self._is_watched = thread, True
 
     def _look_on(self) -> None:
         while True:
             wait_s = self.look()
             with self._changed:
-                if not self._closed:
-                    self._changed.wait(wait_s if self._pending else _LINGER_S)
+                if self._pending and not self._closed:
+                    self._changed.wait(wait_s)
                 if self._closed or not self._pending:
-                    self._thread = None
+                    self._is_watched = False
                     return

@@ -132,7 +132,10 @@ def live(life: Life, act: Callable[[Life], None]) -> None:
             life.tell(ended=f"{type(error).__name__}: {error}")
         except Exception as error:
             life.tell(untyped=f"{type(error).__name__}: {error}")
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncckpt")]
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("asyncckpt")]
+    for thread in ours:  # one that watches a store that outlives this life ends a moment behind its last request
+        thread.join(1.0)
+    left = [thread.name for thread in ours if thread.is_alive()]
     if left:
         life.tell(left=f"threads: {left}")
     life.tell(over=life.number)
