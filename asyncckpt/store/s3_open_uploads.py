@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from asyncckpt.errors import ObjectNotFoundError, StoreError, TransientStoreError
+from asyncckpt.errors import ObjectNotFoundError, StoreError, TransientStoreError, UploadLostError
 from asyncckpt.store.base import OpenUpload, is_key
 from asyncckpt.store.s3_errors import code_of, status_of
 
@@ -27,7 +27,7 @@ def find(ask: Ask, root: str, prefix: str, idle_since_s: float | None) -> list[O
                 found.append(OpenUpload(key, upload_id))
     except KeyError as error:
         raise TransientStoreError(f"an open upload is listed without {error}", key=prefix) from error
-    except ObjectNotFoundError:  # rclone's word for none
+    except (ObjectNotFoundError, UploadLostError):  # rclone's word for none
         return []
     except StoreError as error:
         if status_of(error.__cause__) not in _UNKNOWN and code_of(error.__cause__) != "NotImplemented":
@@ -45,7 +45,7 @@ def _is_idle(ask: Ask, key: str, one: dict[str, Any], idle_since_s: float | None
     parts = _pages(ask, "list_parts", key, "Parts", Key=one["Key"], UploadId=one["UploadId"])
     try:
         times_s = [_seconds(part.get("LastModified"), math.inf) for part in parts]
-    except ObjectNotFoundError:
+    except (ObjectNotFoundError, UploadLostError):
         return False  # it has ended since
     return max(times_s) < idle_since_s if times_s else begun_s >= _FIRST_UPLOAD_S
 
