@@ -277,6 +277,9 @@ class RetryingStore(Store):
             )
             late.unanswered = trial.last.unanswered
             raise late from trial.last
+        finally:
+            # tenacity's objects lead to each other, and to this: views of an arena would live until garbage is collected
+            trial.call, trial.last = _over, TransientStoreError("over")
 
     def _finds_nobody(self, trial: "_Trial[T]") -> bool:
         """Whether this is first contact, and nobody is found there: rather a wrong address than an outage."""
@@ -324,6 +327,10 @@ class _Trial(Generic[T]):
             if isinstance(error, TransientStoreError):
                 self.last = error
             raise
+
+
+def _over() -> Any:
+    raise AssertionError("this request has its answer")
 
 
 def _told(contact: Contact, call: Callable[[], T]) -> T:
