@@ -13,10 +13,11 @@ from asyncckpt.engine.inline import InlineEngine
 from asyncckpt.engine.spawn import EngineOptions, choose_engine, say_in_process
 from asyncckpt.engine.submitted import Listener
 from asyncckpt.engine.wire import REFUSED
-from asyncckpt.options import EngineName, KeepRule, S3Options
+from asyncckpt.options import EngineName, KeepRule, RetryPolicy, S3Options
 from asyncckpt.restore import reading_waits
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import open_store
+from asyncckpt.store.retry import RetryingStore
 
 
 class Backing:
@@ -47,9 +48,17 @@ class Backing:
         """The engine; it is not started."""
         if self.engine_name == "service":
             return ServiceEngine(options, listener, next_attempt)
-        retry = (self.s3 or S3Options()).retry
-        self._inline = InlineEngine(self.store, self._keep, listener, retry=retry, closes_store=self._custom is None)
+        self._inline = InlineEngine(
+            self.store, self._keep, listener, retry=self.retry, closes_store=self._custom is None
+        )
         return self._inline
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How long saves are tried; a store of the user's own that retries says so itself."""
+        if isinstance(self._custom, RetryingStore):
+            return self._custom.policy
+        return (self.s3 or S3Options()).retry
 
     def falls_back(self, error: OSError) -> bool:
         """Whether the next engine is threads of this process: the kernel refuses what a service needs, and nobody asked for one."""

@@ -121,14 +121,15 @@ class Saver:
         self._turns = Turns()
         self._ledger = Ledger(self._hooks, max_failed_saves)
         options = self._engine_options()
-        retry = (self._backing.s3 or S3Options()).retry
         self._launcher = Launcher(
             partial(self._backing.make, options),
             self._backing.falls_back,
             self._ledger,
             self._hooks,
             turns=self._turns,
-            arrival=Arrival(self._root, self._backing.opened_to_look, adopt=adopt, wait_s=retry.first_contact_s),
+            arrival=Arrival(
+                self._root, self._backing.opened_to_look, adopt=adopt, wait_s=self._backing.retry.first_contact_s
+            ),
             url=self.url,
             choice=CodecChoice(codec, usual_codec(self._store)),
             pending=pending,

@@ -461,7 +461,7 @@ def is_told(error: BaseException) -> bool:
     """Whether an object's own `load_state_dict` refused a value of a type that it allows: no reader can know that before."""
     return (
         type(error) is errors.CheckpointError
-        and "loading the group" in str(error)
+        and ("loading the group" in str(error) or "load_state_dict() of" in str(error))
         and not isinstance(error.__cause__, DAMAGE)
     )
 

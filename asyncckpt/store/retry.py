@@ -70,7 +70,7 @@ class RetryingStore(Store):
     ) -> None:
         self._inner = inner
         self._contact = contact
-        self._policy = policy or RetryPolicy()
+        self.policy = policy or RetryPolicy()
         self._errand = errand
         self._clock = clock
         self._sleep = sleep
@@ -79,7 +79,7 @@ class RetryingStore(Store):
         self._uniform = uniform or random.Random().uniform  # noqa: S311 - spreads load, guards nothing
         self.conditional_puts = inner.conditional_puts
         self.rereads = inner.rereads
-        deadline_s = self._policy.deadline_s if inner.patience.deadline_s else 0.0
+        deadline_s = self.policy.deadline_s if inner.patience.deadline_s else 0.0
         self.patience = replace(
             inner.patience, deadline_s=deadline_s, clock=clock, sleep=sleep if errand is None else errand.sleep
         )
@@ -118,7 +118,7 @@ class RetryingStore(Store):
     def _like(self, inner: Store, errand: Errand | None) -> "RetryingStore":
         return RetryingStore(
             inner,
-            self._policy,
+            self.policy,
             clock=self._clock,
             sleep=self._sleep,
             progress=self._progress,
@@ -241,7 +241,7 @@ class RetryingStore(Store):
         except TransientStoreError as error:
             trial = _Trial(operation, key, call, error, began_s)
         if errand is None:
-            end_s = began_s + (self._policy.deadline_s if deadline_s is None else deadline_s)
+            end_s = began_s + (self.policy.deadline_s if deadline_s is None else deadline_s)
             return self._try_again(trial, end_s, None)
         errand.fails(began_s)
         try:
@@ -253,7 +253,7 @@ class RetryingStore(Store):
         def is_given_up() -> bool:
             return errand is not None and errand.given_up
 
-        first_end_s = min(end_s, trial.began_s + self._policy.first_contact_s)
+        first_end_s = min(end_s, trial.began_s + self.policy.first_contact_s)
 
         def left_s() -> float:
             return (first_end_s if self._finds_nobody(trial) else end_s) - self._clock()
@@ -286,7 +286,7 @@ class RetryingStore(Store):
         return self._contact is not None and trial.last.unreached and not self._contact.is_met
 
     def _wait_s(self, tries: int) -> float:
-        bound_s = min(self._policy.first_wait_s * 2.0 ** min(tries - 1, 60), self._policy.max_wait_s)
+        bound_s = min(self.policy.first_wait_s * 2.0 ** min(tries - 1, 60), self.policy.max_wait_s)
         return self._uniform(0.0, bound_s)
 
     def _sleep_alive(self, wait_s: float, errand: Errand | None) -> None:
@@ -379,7 +379,7 @@ class _RetryingUpload(Upload):
         """Never raises: what could not be aborted is logged, and a lifecycle rule of the bucket removes it."""
         errand = self._store._errand
         left_s = _ABORT_DEADLINE_S if errand is None else errand.cleanup_left_s()
-        deadline_s = min(left_s, self._store._policy.deadline_s)
+        deadline_s = min(left_s, self._store.policy.deadline_s)
         try:
             self._store._try("abort", self._key, self._inner.abort, deadline_s=deadline_s)
         except StoreError as error:

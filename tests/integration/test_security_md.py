@@ -59,7 +59,10 @@ def test_every_request_of_a_runs_life_stands_in_the_table_of_rights(sent, s3_buc
         run.rewind(3)
         run.collect_garbage()
     assert sent >= {"PutObject", "UploadPart", "GetObject", "ListObjectsV2", "DeleteObject"}
-    assert {right_of(request) for request in sent} == set(rights().values()) - {"s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"}
+    assert {right_of(request) for request in sent} == set(rights().values()) - {
+        "s3:AbortMultipartUpload",
+        "s3:ListMultipartUploadParts",
+    }
 
 
 def test_a_reader_needs_the_rights_that_are_said(sent, s3_bucket, moto_endpoint):
