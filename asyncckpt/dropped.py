@@ -20,6 +20,8 @@ class Dropped:
         self._launcher = launcher
         self._ledger = ledger
         self._backing = backing
+        self._ending = threading.Lock()
+        self._is_ended = False
 
     def begin(self) -> None:
         """Called in the middle of whatever code drops the last reference or collects garbage: takes no lock and waits for nothing of ours."""
@@ -31,17 +33,25 @@ class Dropped:
 
     def _finish(self) -> None:
         """Whoever holds a Save has its answer; a failure is an ERROR in the log."""
-        for save in self._ledger.in_flight:
+        for save in self._ledger.underway():
             save._ended.wait()
-        self._launcher.close(wait_s=math.inf)
-        self._backing.close()
+        self._end(wait_s=math.inf)
         _dropped.discard(self)
 
     def _hand_over(self) -> None:
-        for save in self._ledger.in_flight:
+        for save in self._ledger.underway():
             save._staged.wait()
             if self._backing.engine_name == "inline":
                 save._ended.wait()
+        self._end(wait_s=math.inf if self._backing.engine_name == "inline" else 0.0)
+
+    def _end(self, *, wait_s: float) -> None:
+        """Once; whoever comes second waits. A tensor that a thread of ours frees while the interpreter ends aborts the process."""
+        with self._ending:
+            if not self._is_ended:
+                self._is_ended = True
+                self._launcher.close(wait_s=wait_s)
+                self._backing.close()
 
 
 def hand_over_dropped() -> None:

@@ -54,6 +54,8 @@ def test_an_answer_to_the_commit_that_is_lost_is_one_checkpoint(proxy, moto_endp
     training = Training().step()
     with Run(s3_url, store=s3(moto_endpoint)) as beside, Saver(s3_url, store=s3(proxy.url)) as saver:
         saver.save(1, training.state).result(PATIENCE_S)
+        rested = saver._launcher._engine._rested
+        eventually(rested.is_set, "what follows the first commit is done: no other answer is lost")
         proxy.delay_s = 0.15
         save = saver.save(2, training.state)
         eventually(lambda: beside.latest().step == 2, "the record stands")
