@@ -43,6 +43,10 @@ class TensorRows:
         ):
             if unknown:
                 raise newer(f"its index names the {what} {min(unknown)[:40]!r}")
+        try:
+            "".join(names).encode()
+        except UnicodeEncodeError as error:
+            raise RecordError("a tensor's name is no text: it has half of a surrogate pair") from error
         paths = [self._prefixes[group] + name for group, name in zip(groups, names, strict=True)]
         shapes = _extents(shapes)
         kinds = list(zip(dtypes, layouts, strict=True))

@@ -53,7 +53,9 @@ def read(descriptor: int, target: memoryview, offset: int, key: str, progress: P
     while target:
         count = os.preadv(descriptor, [target[:_CALL_BYTES]], offset)
         if not count:
-            raise CorruptCheckpointError(f"the object ends at byte {offset}, {target.nbytes} bytes early", key=key)
+            raise CorruptCheckpointError(
+                f"{target.nbytes} bytes from byte {offset} on are asked for, and the object ends before", key=key
+            )
         offset += count
         target = target[count:]
         progress()

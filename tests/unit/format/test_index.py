@@ -120,6 +120,7 @@ def test_a_number_that_cannot_be_is_refused(path, value):
         ((*CHUNK, 1), [61, 1000]),
         ((*CHUNK, 1), [29, 1000]),
         ((*CHUNK, 3), 130_000),
+        (("tensors", 0, 1), "half of a pair \ud800"),
         ((*CHUNK, 4), "00"),
         ((*CHUNK, 4), "zz" * 32),
         ((*CHUNK, 4), "AB" * 32),
