@@ -33,8 +33,8 @@ class TensorRows:
     def read(self, rows: list[Any]) -> list[IndexedTensor]:
         """The tensors; `RecordError`, or `FormatVersionError` for an unknown element type or layout."""
         groups, names, dtypes, shapes, layouts, chunk_rows = _columns(rows, 6, "a tensor's row is not its six fields")
-        if not _are(names, str) or not _below(groups, len(self._prefixes)):
-            raise RecordError("a tensor of no group")
+        if not _are_texts(names) or not _below(groups, len(self._prefixes)):
+            raise RecordError("a tensor of no group, or without a name")
         if not _are(dtypes, str) or not _are(layouts, str):
             raise RecordError("a tensor whose element type or layout is no name")
         for what, unknown in (
@@ -43,10 +43,6 @@ class TensorRows:
         ):
             if unknown:
                 raise newer(f"its index names the {what} {min(unknown)[:40]!r}")
-        try:
-            "".join(names).encode()
-        except UnicodeEncodeError as error:
-            raise RecordError("a tensor's name is no text: it has half of a surrogate pair") from error
         paths = [self._prefixes[group] + name for group, name in zip(groups, names, strict=True)]
         shapes = _extents(shapes)
         kinds = list(zip(dtypes, layouts, strict=True))
@@ -99,6 +95,17 @@ def _columns(rows: list[Any], count: int, message: str) -> list[list[Any]]:
     if not _are(rows, list) or not set(map(len, rows)) <= {count}:
         raise RecordError(message)
     return [list(map(itemgetter(number), rows)) for number in range(count)]
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Strings that UTF-8 can hold: without half of a surrogate pair."""
+    if not _are(values, str):
+        return False
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _are(values: list[Any], kind: type) -> bool:
