@@ -97,7 +97,7 @@ def _columns(rows: list[Any], count: int, message: str) -> list[list[Any]]:
     return [list(map(itemgetter(number), rows)) for number in range(count)]
 
 
-def _are_texts(values: Sequence[Any]) -> bool:
+def _are_texts(values: list[Any]) -> bool:
     """Strings that UTF-8 can hold: without half of a surrogate pair."""
     if not _are(values, str):
         return False
