@@ -35,14 +35,14 @@ from tests.training import Training, fingerprint
 LOOK_S = 0.25
 SAMPLE_S = 5.0
 STEADY_MINUTES = 5.0  # before that caches and pools still fill
-WARM_UP = 0.4  # of the soak: memory is not looked at before
+AWAY_AT, WARM_UP = 0.1, 0.5  # of the soak: when the store goes away, and from when on memory is looked at: behind that
 END_S = 90.0
 VICTIMS = ("trainer", "trainer", "service", "worker", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the soak does. `outage_s`: how long the store is away, once, in the middle; `kill_every_s`: one victim each."""
+    """What the soak does. `outage_s`: how long the store is away, once, near the beginning; `kill_every_s`: one victim each."""
 
     minutes: float
     rate: float
@@ -153,7 +153,7 @@ def _storm(plan: Plan, lines: list[Line], proxy: Proxy) -> list[tuple[float, int
     dice = random.Random(plan.seed)
     started_s = time.monotonic()
     whole_s = plan.minutes * 60
-    away_s = (whole_s - plan.outage_s) / 2
+    away_s = min(AWAY_AT * whole_s, whole_s - plan.outage_s)
     next_kill_s, next_sample_s, away = plan.kill_every_s, 0.0, False
     samples = []
     while (now_s := time.monotonic() - started_s) < whole_s:
@@ -187,10 +187,12 @@ def _size_of(pid: int) -> tuple[int, int, int]:
 
 def _slope(samples: list[tuple[float, int, int, int]], found: Found) -> None:
     late = [sample for sample in samples if sample[0] >= WARM_UP * samples[-1][0]]
-    seconds = np.array([sample[0] for sample in late])
-    size = np.array([sample[1] for sample in late], float) / 2**20
-    found.figures["memory of the steady training, MiB"] = f"{np.median(size):.1f}"
-    found.figures["its slope, MiB an hour"] = f"{np.polyfit(seconds, size, 1)[0] * 3600:.2f}" if len(late) > 2 else "-"
+    minutes: dict[int, list[int]] = {}
+    for sample in late:
+        minutes.setdefault(int(sample[0] // 60), []).append(sample[1])
+    size = np.array([min(sizes) for sizes in minutes.values()], float) / 2**20  # between two saves
+    found.figures["memory of the steady training, MiB"] = f"{size[0]:.2f} to {size[-1]:.2f}"
+    found.figures["its slope, MiB an hour"] = f"{np.polyfit(list(minutes), size, 1)[0] * 60:.2f}"
     third = max(1, len(late) // 3)
     for number, what in ((2, "descriptors"), (3, "threads")):
         first, last = ([sample[number] for sample in part] for part in (late[:third], late[-third:]))
