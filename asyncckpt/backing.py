@@ -3,6 +3,7 @@
 Nothing here leads back to the Saver, so that one which nobody holds any more can be told from one that is used.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -48,8 +49,9 @@ class Backing:
         """The engine; it is not started."""
         if self.engine_name == "service":
             return ServiceEngine(options, listener, next_attempt)
+        clock = self.store.clock if isinstance(self.store, RetryingStore) else time.monotonic
         self._inline = InlineEngine(
-            self.store, self._keep, listener, retry=self.retry, closes_store=self._custom is None
+            self.store, self._keep, listener, retry=self.retry, closes_store=self._custom is None, clock=clock
         )
         return self._inline
 

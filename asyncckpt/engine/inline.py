@@ -52,8 +52,10 @@ class InlineEngine:
         *,
         retry: RetryPolicy | None = None,
         closes_store: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._clock = clock  # the store's: its retries are timed by it
         self._keep = keep
         self._closes_store = closes_store
         self._store_fails = False  # a request was tried again since the last answer
@@ -195,13 +197,14 @@ class InlineEngine:
         return Errand(
             failing=lambda sent_s: clock.fails(job.number, sent_s),
             eased=lambda: clock.eases(job.number),
-            acknowledged=lambda: clock.acknowledges(time.monotonic()),
+            acknowledged=lambda: clock.acknowledges(self._clock()),
             retried=retried,
-            is_late=lambda: clock.ran_out(time.monotonic()),
+            is_late=lambda: clock.ran_out(self._clock()),
+            clock=self._clock,
         )
 
     def _look(self) -> None:
-        for ended in self._schedule.look(time.monotonic()):
+        for ended in self._schedule.look(self._clock()):
             self._answer(ended)
 
     def _heard(self, number: int, kind: str, data: dict[str, Any]) -> None:

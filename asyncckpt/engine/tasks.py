@@ -21,6 +21,7 @@ from asyncckpt.format.plan import Plan, Structure, plan
 from asyncckpt.options import KeepRule
 from asyncckpt.store.base import Progress, Store
 from asyncckpt.store.errand import Errand, within
+from asyncckpt.store.retry import RetryingStore
 
 _COLLECT_S = 120.0  # of one collection: about a million objects on S3
 _REMOVAL_S = 60.0  # for what a failed save stored; what stays is found by its missing record
@@ -51,6 +52,7 @@ class TaskRunner:
         self._counting = threading.Lock()
         self._progress = progress
         self._collect_s = collect_s
+        self._clock = store.clock if isinstance(store, RetryingStore) else time.monotonic
         self._retention = Retention(store, rules)
         self._pipeline = pipeline
         self._reply = reply
@@ -157,7 +159,7 @@ class TaskRunner:
         """Remove what the attempt stored, within a minute."""
 
         def work(_: Errand) -> dict[str, Any]:
-            store = self._store.on(within(_REMOVAL_S))
+            store = self._store.on(within(_REMOVAL_S, clock=self._clock))
             removal.abandon(store, job.step, job.attempt)
             removal.end_uploads(store, _folders(job))
             return {}

@@ -47,7 +47,7 @@ class RetryingStore(Store):
         inner: The store to ask.
         policy: Deadline and waits.
         clock: Monotonic seconds.
-        sleep: Called for at most a second at a time.
+        sleep: Called for at most a second at a time. One of your own is not ended early when an errand is given up.
         progress: Called between the slices of a sleep.
         on_retry: Told of every retry; called on the thread that retries.
         uniform: Draws a wait from two bounds.
@@ -72,7 +72,7 @@ class RetryingStore(Store):
         self._contact = contact
         self.policy = policy or RetryPolicy()
         self._errand = errand
-        self._clock = clock
+        self.clock = clock
         self._sleep = sleep
         self._progress = progress or (lambda: None)
         self._on_retry = on_retry or (lambda _: None)
@@ -119,7 +119,7 @@ class RetryingStore(Store):
         return RetryingStore(
             inner,
             self.policy,
-            clock=self._clock,
+            clock=self.clock,
             sleep=self._sleep,
             progress=self._progress,
             on_retry=self._on_retry,
@@ -233,7 +233,7 @@ class RetryingStore(Store):
     def _try_in_time(
         self, operation: str, key: str, call: Callable[[], T], errand: Errand | None, deadline_s: float | None
     ) -> T:
-        began_s = self._clock()
+        began_s = self.clock()
         try:
             return (
                 call()
@@ -256,7 +256,7 @@ class RetryingStore(Store):
         first_end_s = min(end_s, trial.began_s + self.policy.first_contact_s)
 
         def left_s() -> float:
-            return (first_end_s if self._finds_nobody(trial) else end_s) - self._clock()
+            return (first_end_s if self._finds_nobody(trial) else end_s) - self.clock()
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TransientStoreError),
@@ -268,8 +268,8 @@ class RetryingStore(Store):
         try:
             return retrying(lambda: trial.again(is_given_up()))
         except tenacity.RetryError:
-            took_s = self._clock() - trial.began_s
-            if self._finds_nobody(trial) and self._clock() >= first_end_s:
+            took_s = self.clock() - trial.began_s
+            if self._finds_nobody(trial) and self.clock() >= first_end_s:
                 raise _nobody(trial, took_s) from trial.last
             late = DeadlineExceededError(
                 f"{trial.operation} failed for {took_s:.0f} s, {trial.tries} tries; the last said: {told(trial.last)}",
@@ -290,9 +290,10 @@ class RetryingStore(Store):
         return self._uniform(0.0, bound_s)
 
     def _sleep_alive(self, wait_s: float, errand: Errand | None) -> None:
+        sleep = self._sleep if errand is None or self._sleep is not time.sleep else errand.sleep
         while wait_s > 0 and not (errand is not None and errand.given_up):
             self._progress()
-            (self._sleep if errand is None else errand.sleep)(min(wait_s, _SLICE_S))
+            sleep(min(wait_s, _SLICE_S))
             wait_s -= _SLICE_S
         self._progress()
 
