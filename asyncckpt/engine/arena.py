@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Collection
 
 _MADV_HUGEPAGE = 14
@@ -64,6 +65,7 @@ class Arena:
             raise
         with contextlib.suppress(OSError):
             arena.buffer.madvise(mmap.MADV_DONTFORK)
+        _maps.add(arena.buffer)
         return arena
 
     def touch(self) -> None:
@@ -81,8 +83,7 @@ class Arena:
         self.buffer[self.counter_offset : self.counter_offset + _COUNTER_BYTES] = bytes(_COUNTER_BYTES)
 
     def leave_in_child(self) -> None:
-        """In a forked child: the map is not there, and unmapping its addresses would free somebody else's memory."""
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
+        """In a forked child: let go of the descriptor. The map is not there."""
         self._let_go()
 
     def close(self) -> None:
@@ -97,6 +98,18 @@ class Arena:
         self.fd = None
         if self._file is not None:
             self._file.close()
+
+
+_maps: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+
+
+def _keep_maps() -> None:
+    """In a forked child the maps are not there, whoever holds them: unmapping their addresses would free somebody else's memory."""
+    for one in list(_maps):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+
+
+os.register_at_fork(after_in_child=_keep_maps)
 
 
 def _memory_file(name: str) -> io.FileIO:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import threading
@@ -176,3 +177,20 @@ def test_an_arena_that_somebody_still_looks_into_closes_and_its_map_goes_with_th
 )
 def test_why_there_is_no_arena_names_the_limit(number, way_out):
     assert way_out in why_none(1000, OSError(number, os.strerror(number)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_forked_child_that_drops_an_arena_frees_nobody_elses_memory(shared):
+    """The map is not in the child, so something else may stand at its addresses by then."""
+    arenas = [Arena.create(number, 2**22, shared=shared) for number in range(4)]
+    pid = os.fork()
+    if pid == 0:
+        others = [mmap.mmap(-1, arena.buffer.size()) for arena in arenas]
+        arenas.clear()
+        gc.collect()
+        for other in others:
+            other[:] = b"x" * len(other)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for arena in arenas:
+        arena.close()
