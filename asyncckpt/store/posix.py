@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,12 +129,17 @@ def rooted(root: Path) -> Iterator[None]:
 def _check_folder(path: Path) -> None:
     """What stands in the way of a folder; that none is there yet is nothing."""
     for place in (path, *path.parents):
-        if os.path.isdir(place):  # noqa: PTH112 - Path.is_dir raises where we may not look
-            return
-        if os.path.exists(place):  # noqa: PTH110 - as above
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)  # asked once: another thread may make it meanwhile
+        except OSError:
+            if os.path.islink(place):  # noqa: PTH114 - Path.is_symlink raises where we may not look
+                raise StoreNotFoundError(
+                    f"{place} is a link that leads nowhere; mount or make what it points to"
+                ) from None
+            continue
+        if not is_folder:
             raise StoreNotFoundError(f"{place} is a file, and checkpoints need a folder")
-        if os.path.lexists(place):
-            raise StoreNotFoundError(f"{place} is a link that leads nowhere; mount or make what it points to")
+        return
 
 
 @contextmanager
