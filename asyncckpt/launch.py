@@ -124,7 +124,7 @@ class Launcher:
             if (
                 nowhere is not None
             ):  # an outage at the start ends no training: this save fails, and the next looks again
-                self._arenas.give_back(arena)
+                self._release(arena)
                 self._ledger.conclude(save, None, nowhere)
                 return save
             engine = self._engine_started(within=within)
