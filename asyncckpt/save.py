@@ -6,7 +6,6 @@ import itertools
 import logging
 import threading
 import time
-import warnings
 from typing import TypeVar
 
 from asyncckpt.engine.job import CommitOutcome
@@ -14,7 +13,7 @@ from asyncckpt.errors import CheckpointError, SaveFailedError, SnapshotError
 from asyncckpt.events import Event, Hooks, SaveCommitted, SaveFailed, SaveReport, SaveSkipped
 from asyncckpt.latch import Latch
 from asyncckpt.state.in_flight import Copy
-from asyncckpt.telling import say
+from asyncckpt.telling import say, warn
 
 EXISTS = "the step exists already"
 _WAY_OUT = (
@@ -149,7 +148,7 @@ class Ledger:
             self._raise_failures(f"{failed_in_row} saves in a row failed before step {step}")
         for save, notice in notices:
             if not save._delivered:
-                warnings.warn(notice, RuntimeWarning, stacklevel=3)
+                warn(notice, RuntimeWarning, stacklevel=3)
 
     @property
     def in_flight(self) -> list[Save]:

@@ -9,7 +9,6 @@ import math
 import os
 import time
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -45,6 +44,7 @@ from asyncckpt.state.ranks import rank
 from asyncckpt.state.rng import RNG
 from asyncckpt.store.base import Store
 from asyncckpt.store.opening import parse_url
+from asyncckpt.telling import warn
 from asyncckpt.turns import Turns
 
 T = TypeVar("T")
@@ -259,7 +259,7 @@ class Saver:
                 generators.restore_again()
         batches = begin(loader)
         if restored and not before and isinstance(batches.iterator, types.GeneratorType):
-            warnings.warn(
+            warn(
                 f"iter() of a {type(loader).__name__} is a generator, which draws its random numbers with the first batch: the resumed run "
                 "will not repeat the uninterrupted one exactly. Give saver.batches() the loader that it wraps",
                 UserWarning,
